@@ -1,0 +1,41 @@
+"""How a `Ranks` shows itself: a small card, and its process tree as plain data."""
+
+import html
+
+import psutil
+
+
+def card(ranks):
+    """HTML: state, one chip for each rank (process id, device), the torchrun command."""
+    chip = "display:inline-block;padding:1px 8px;margin:2px 6px 2px 0;border-radius:9px;border:1px solid currentColor"
+    chips = "".join(
+        f'<span style="{chip}"><b>rank {r.number}</b> pid {r.pid or "…"} · {html.escape(str(r.device or "…"))}</span>'
+        for r in ranks._link.ranks
+        if ranks.state != "closed"
+    )
+    head = " · ".join(filter(None, [f"<b>Ranks({ranks.n})</b>", html.escape(ranks.state), ranks.backend]))
+    code = f'<code style="background:none;opacity:.75">{html.escape(ranks.command)}</code>'
+    return f'<div style="font-size:90%">{head}<br>{chips}<br>{code}</div>'
+
+
+def process_rows(link):
+    """The notebook and everything it started, parents before children."""
+    host = psutil.Process(link.host.pid)
+    names = {
+        psutil.Process().pid: "notebook",
+        link.host.pid: "host: imported torch, forks the ranks" if link.fork else "host: starts torchrun",
+        link.torchrun_pid: "torchrun",
+        **{conn.given["pid"]: "torchrun's worker" for conn in link.workers.values()},
+        **{r.pid: "rank" for r in link.ranks},
+    }
+    numbers = {conn.given["pid"]: r for r, conn in link.workers.items()} | {r.pid: r.number for r in link.ranks}
+    return [
+        {
+            "pid": p.pid,
+            "parent": p.ppid() if p.pid != psutil.Process().pid else None,
+            "what": names.get(p.pid, p.name()),
+            "rank": numbers.get(p.pid),
+            "threads": p.num_threads(),
+        }
+        for p in [psutil.Process(), host, *sorted(host.children(recursive=True), key=lambda p: p.pid)]
+    ]

@@ -1,0 +1,144 @@
+"""The host: one process that imports torch once and forks every rank from itself.
+
+The notebook starts it; it starts torchrun, imports torch meanwhile, and then does what the notebook asks:
+`fork` a set of ranks with what torchrun gave their workers, `kill` a set. It tells the notebook when a rank dies.
+It holds no process group, no GPU context and no second thread, so that forking it is safe. When the notebook
+goes away, for whatever reason, it takes everything with it: ranks, torchrun, the private folder.
+"""
+
+import gc
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing import connection
+
+PRELOADED = (  # what lessons need: imported once, shared by all ranks
+    "numpy",
+    "torch",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "torch._dynamo",  # the first DistributedDataParallel imports it
+    "torch.distributed.tensor.parallel",
+    "torch.distributed.fsdp",
+    "torch.profiler",
+    "pardist_lib.ranks.rank",
+)
+
+
+def main(folder, mode):
+    with open(os.path.join(folder, "setup.json")) as file:
+        setup = json.load(file)
+    sys.path[:] = setup["path"]
+    torchrun = start_torchrun(folder, setup, generation=0)
+    from pardist_lib.ranks.transport import call_in
+
+    notebook = call_in(folder, role="host", pid=os.getpid(), torchrun=torchrun.pid)
+    children, envs = {}, None  # pid: (rank, generation)
+    alarm, ring = os.pipe()
+    os.set_blocking(ring, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
+    try:
+        if mode == "--fork":
+            for module in PRELOADED:
+                importlib.import_module(module)
+            gc.collect()
+            gc.freeze()  # objects of the imports are never collected, so their pages stay shared
+        while True:
+            ready = connection.wait([notebook, alarm], timeout=1)
+            if os.getppid() != setup["notebook"]:
+                break
+            if alarm in ready:
+                os.read(alarm, 4096)
+            for pid, (rank, generation) in list(children.items()):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    del children[pid]
+                    notebook.send(("died", rank, generation, os.waitstatus_to_exitcode(status)))
+            if torchrun and torchrun.poll() is not None:
+                notebook.send(("torchrun ended", torchrun.returncode))
+                torchrun = None
+            if notebook in ready:
+                order = notebook.recv()
+                if order[0] == "envs":
+                    envs = order[1]
+                elif order[0] == "fork":
+                    for env in envs:
+                        pid = fork_rank(folder, env, order[1], close=(alarm, ring, notebook))
+                        children[pid] = int(env["RANK"]), order[1]
+                elif order[0] == "kill":
+                    kill(children)
+                elif order[0] == "restart torchrun":  # plain mode: the workers are the ranks
+                    stop(torchrun, patience=0)
+                    torchrun = start_torchrun(folder, setup, order[1])
+    except (EOFError, OSError):
+        pass
+    kill(children)
+    shutil.rmtree(folder, ignore_errors=True)  # before torchrun: nobody can come back in
+    stop(torchrun)
+
+
+def start_torchrun(folder, setup, generation):
+    """torchrun as on a cluster, in a session of its own, with its own store in a file: it listens nowhere."""
+    log = open(os.path.join(folder, "torchrun.log"), "w")
+    command = [part.replace("{generation}", str(generation)) for part in setup["torchrun"]]
+    return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def fork_rank(folder, env, generation, close):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for end in close:  # the rank has its own connections: the host's must end with the host
+            os.close(end) if isinstance(end, int) else end.close()
+        from pardist_lib.ranks.rank import serve
+
+        serve(folder, env, generation)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def kill(children):
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+    for pid in children:
+        os.waitpid(pid, 0)
+    children.clear()
+
+
+def stop(torchrun, patience=0.3):
+    """End torchrun and its workers: they leave by themselves when the notebook's connection closes."""
+    if torchrun is None:
+        return
+    import psutil
+
+    try:
+        family = psutil.Process(torchrun.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        family = []
+    deadline = time.monotonic() + patience
+    while torchrun.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in family:
+        try:
+            process.kill()  # psutil checks that the number still belongs to the same process
+        except psutil.NoSuchProcess:
+            pass
+    torchrun.kill()
+    torchrun.wait()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

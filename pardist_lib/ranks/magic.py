@@ -1,0 +1,51 @@
+"""%%ranks: a cell whose lines run on every rank."""
+
+import argparse
+import linecache
+
+from .session import Ranks, newest
+
+
+def ranks(line, cell):
+    """%%ranks [--on 0,2]
+
+    Run the cell on every rank of the newest Ranks (four are started where there are none), or on those named.
+    Names stay on the ranks from one %%ranks cell to the next; `rank` and `world_size` are set. The value of a last
+    expression is printed.
+    """
+    parser = argparse.ArgumentParser("%%ranks", add_help=False, exit_on_error=False)
+    parser.add_argument("--on", type=lambda text: [int(r) for r in text.split(",")])
+    try:
+        on = parser.parse_args(line.split()).on
+    except (argparse.ArgumentError, SystemExit):
+        raise ValueError(f"%%ranks {line}: the only option is --on, with rank numbers: %%ranks --on 0,2") from None
+    started = newest() or _started()
+    source = "\n" + cell  # the line with %%ranks counts too
+    started.run_cell(source, _named(source), on=on)
+
+
+_kept = []  # the Ranks that a cell started by itself lives until the kernel ends
+
+
+def _started():
+    _kept[:] = [Ranks(4)]
+    return _kept[0]
+
+
+def _named(source):
+    """A file name under which tracebacks find the cell's lines: In[7]."""
+    from IPython import get_ipython
+
+    name = f"In[{get_ipython().execution_count}]"
+    linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
+    return name
+
+
+def load():
+    """Register the magic where there is a notebook."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    if shell := get_ipython():
+        shell.register_magic_function(ranks, "cell", "ranks")

@@ -1,0 +1,149 @@
+"""`torchrun(...)`: a whole program under torchrun, with the reporting of `Ranks`."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from . import report
+from .link import HERE, _environment
+from .output import Live, Printed
+
+_TRACEBACK = b"Traceback (most recent call last):"
+_FRAME = re.compile(r'^  File "(.+?)", line (\d+), in (.+)$', re.M)
+_RAISED = re.compile(r"^(\w[\w.]*)(?::? ?(.*))?$", re.S)
+
+
+class _Process:
+    """What one rank of the program printed; to the display it is like a link.Rank."""
+
+    bar, ended = None, False
+
+    def __init__(self, number, folder):
+        self.number, self.folder, self.printed = number, folder, Printed()
+        self._at, self.error_since = {}, None
+
+    def read(self):
+        moved = False
+        for name in ("stdout.log", "stderr.log"):
+            for path in Path(self.folder).glob(f"*/attempt_0/{self.number}/{name}"):
+                with open(path, "rb") as log:
+                    log.seek(self._at.get(name, 0))
+                    if data := log.read():
+                        self._at[name] = log.tell()
+                        self.printed.add(data)
+                        moved = True
+                        if _TRACEBACK in data:
+                            self.error_since = self.error_since or time.time_ns()
+        return moved
+
+    def forget_traceback(self):
+        """The error tells the root cause once: the ranks' own tracebacks are not shown again."""
+        at = self.printed.data.find(_TRACEBACK)
+        if at >= 0:  # torch may have put [rank0]: before it
+            del self.printed.data[self.printed.data.rfind(b"\n", 0, at) + 1 :]
+
+    def described(self):
+        """The last traceback it printed, as rank.py describes an exception; None where there is none."""
+        text = self.printed.text()
+        text = re.sub(r"^\[rank\d+\]: ?", "", text, flags=re.M)  # torch may have put it before each line
+        at = text.rfind(_TRACEBACK.decode())
+        if at < 0:
+            return None
+        body = [line for line in text[at:].splitlines()[1:] if not re.match(r"\s*[\^~]+\s*$", line)]
+        said = next((i for i, line in enumerate(body) if line and not line.startswith(" ")), len(body))
+        raised = _RAISED.match("\n".join(body[said:]).strip()) if said < len(body) else None
+        return {
+            "type": raised[1].rsplit(".", 1)[-1] if raised else "an error",
+            "message": re.split(r"\n\[W|\n\[rank\d", (raised[2] or "").strip())[0] if raised else "",
+            "frames": [(f, int(n), name) for f, n, name in _FRAME.findall("\n".join(body[:said]))],
+            "time": self.error_since,
+            "earlier": None,
+        }
+
+
+def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env=None):
+    """Run a script (`train.py`) or a module (`package.module`) under torchrun, and wait for it.
+
+    torchrun("train.py", "--epochs", 3, nproc=4)
+
+    program  path of a script, or a module's dotted name.
+    args     its command line.
+    nproc    ranks (--nproc-per-node).
+    timeout  seconds without output or an end after which the program is stopped and a RankHang raised.
+    options  further options of torchrun itself: options=["--nnodes=2", ...].
+    env      further environment variables.
+
+    Shows what the ranks print, rank by rank, and returns it as a list of strings. Raises RankError, root cause
+    first, when a rank fails. The stop button, and the end of the notebook, end the program.
+    """
+    if nproc < 1:
+        raise ValueError(f"nproc is the number of ranks, at least 1, not {nproc!r}")
+    target = [str(program)] if str(program).endswith(".py") else ["-m", str(program)]
+    if target[0] != "-m" and not Path(target[0]).exists():
+        raise FileNotFoundError(f"there is no script {program} in the notebook's folder")
+    folder = tempfile.mkdtemp(prefix="pardist-program-")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+    if not any(str(option).startswith(("--rdzv", "--standalone", "--master", "--nnodes")) for option in options):
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{folder}/rdzv", "--rdzv-conf", "store_type=file"]
+        command += ["--local-addr", "127.0.0.1"]
+    command += ["--log-dir", f"{folder}/log", "--redirects", "3", *map(str, options), *target, *map(str, args)]
+    log = open(Path(folder, "torchrun.log"), "wb")
+    guard = subprocess.Popen(
+        [sys.executable, str(HERE / "guard.py"), *command],
+        env=os.environ | _environment(1) | {"PYTHONUNBUFFERED": "1"} | (env or {}),
+        stdin=subprocess.PIPE,  # the guard ends the program when the notebook's end of this pipe closes
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+    ranks, live, since = [_Process(r, f"{folder}/log") for r in range(nproc)], Live(quiet), time.monotonic()
+    try:
+        while (code := guard.poll()) is None and time.monotonic() - since < timeout:
+            time.sleep(0.05)
+            if any([r.read() for r in ranks]):
+                since = time.monotonic()
+            live.update(ranks)
+        for r in ranks:
+            r.read()
+        printed = [r.printed.text() for r in ranks]
+        if code is None:
+            raise report.RankHang(f"no sign of life for {timeout:g} s: the program was stopped", cause="stall")
+        if code:
+            said = Path(folder, "torchrun.log").read_text(errors="replace")
+            raise _failure(ranks, said, code)
+        return printed
+    except KeyboardInterrupt:
+        raise report.RanksInterrupted("the program was stopped") from None
+    finally:
+        guard.stdin.close()
+        guard.wait(20)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        live.finish(ranks)
+
+
+def _failure(ranks, said, code):
+    codes = {int(r): int(c) for r, c in re.findall(r"local_rank: (\d+).*?exitcode\s*: (-?\d+)", said)}
+    codes |= {int(r): int(c) for r, c in re.findall(r"rank\s+: (\d+) \(local_rank.*?\n\s*exitcode\s*: (-?\d+)", said)}
+    outcomes = {}
+    for r in ranks:
+        described, ended = r.described(), codes.get(r.number, 0)
+        if ended < 0 and ended != -signal.SIGTERM:  # SIGTERM is torchrun's, for those who outlived the first
+            outcomes[r.number] = "died", ended, r.error_since or 0
+        elif described:
+            outcomes[r.number] = "error", described
+        elif ended > 0:
+            outcomes[r.number] = "died", ended, r.error_since or 0
+        else:
+            outcomes[r.number] = ("stopped",)
+        r.forget_traceback()
+    nobody = [None] * len(ranks)
+    if report.root_cause(outcomes) is None:
+        return report.RankError(f"torchrun ended with exit code {code}:\n{said.strip()[-1500:]}", cause="torchrun")
+    return report.failure(outcomes, nobody, [], "torchrun stopped the whole program.")

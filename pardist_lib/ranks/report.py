@@ -1,0 +1,322 @@
+"""From what every rank reported to one message: the root cause first, the rest folded.
+
+When one rank fails, the others fail a moment later because their neighbour is gone, and that is what most
+launchers print. Here a call that differs between ranks comes first, then a death, then the earliest exception
+that is not merely "connection closed by peer".
+"""
+
+import linecache
+import re
+import signal
+import sys
+
+from .ledger import is_readers
+
+_SECOND_HAND = re.compile(
+    r"Connection (closed by peer|reset|refused)|Broken pipe|remote worker|Socket (closed|Timeout)"
+    r"|pair closure|Timed out waiting|Connection to .* (lost|closed)|was closed by (peer|remote)|NCCL.*remote process"
+)
+
+
+class RankError(RuntimeError):
+    """A call failed on a rank.
+
+    Attributes: `rank` (whose failure came first), `cause` (the exception's type, or how the rank ended), `message`,
+    `cell` and `line` (where, in the reader's code; None where it never got there), `where` (what every rank was
+    doing, one string each) and `details` (everything, unfolded).
+    """
+
+    def __init__(self, text, *, rank=None, cause="", message="", cell=None, line=None, where=(), details=""):
+        super().__init__(text)
+        self.rank, self.cause, self.message, self.cell, self.line = rank, cause, message, cell, line
+        self.where, self.details = list(where), details
+
+    def _render_traceback_(self):  # IPython shows this instead of the notebook's own frames
+        head, _, rest = str(self).partition("\n")
+        return [f"\x1b[31m{type(self).__name__}\x1b[0m: {head}"] + rest.split("\n")
+
+
+class RankHang(RankError):
+    """Nothing moved for `timeout` seconds, or nothing can move any more."""
+
+
+class RanksInterrupted(KeyboardInterrupt):
+    """The stop button, with what every rank was doing."""
+
+    def _render_traceback_(self):
+        return [f"\x1b[31mInterrupted\x1b[0m: {self}"]
+
+
+def plural(ranks):
+    """[0, 1, 2, 5] -> 'ranks 0–2, 5'"""
+    ranks, parts = sorted(ranks), []
+    while ranks:
+        run = 1
+        while run < len(ranks) and ranks[run] == ranks[0] + run:
+            run += 1
+        first, last = ranks[0], ranks[run - 1]
+        parts.append(f"{first}" if run == 1 else f"{first}, {last}" if run == 2 else f"{first}–{last}")
+        del ranks[:run]
+    text = ", ".join(parts)
+    return f"rank {text}" if text.isdigit() else f"ranks {text}"
+
+
+# ---- places in the reader's code ------------------------------------------------------------------------------
+
+
+def cell_name(filename):
+    """`In[5]` for the code of a cell, the file's own name for a script."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    if shell and (name := shell.compile.format_code_name(filename)):
+        return name[1]
+    return filename.rsplit("/", 1)[-1]
+
+
+def spoken(text):
+    """`text` with cells called by their names instead of by ipykernel's temporary files."""
+    text = re.sub(r"(?<![\w/])(/\S+?|In\[\d+\]):(\d+)\b", lambda m: f"{cell_name(m[1])}, line {m[2]}", text)
+    return re.sub(r"\S*/ipykernel_\d+/\d+\.py", lambda m: cell_name(m[0]), text)
+
+
+def _innermost(frames):
+    mine = [f for f in frames if is_readers(f[0])]
+    return mine[-1] if mine else (frames[-1] if frames else None)
+
+
+def excerpt(frames):
+    """The reader's frames: the innermost one with the lines around it, the others as one line each."""
+    mine = [f for f in frames if is_readers(f[0])] or frames[-1:]
+    lines = []
+    for filename, number, name in mine[-4:]:
+        lines.append(f"{cell_name(filename)}, line {number}" + (f", in {name}" if name != "<module>" else ""))
+    if mine:
+        filename, number, _ = mine[-1]
+        for n in range(max(1, number - 2), number + 1):
+            if source := linecache.getline(filename, n).rstrip():
+                lines.append(f"{'----> ' if n == number else '      '}{n:3} {source}")
+    return lines
+
+
+def doing(frames, last_call):
+    """One sentence fragment: what a rank was doing, from its stack and its last note in the ledger."""
+    here = _innermost(frames)
+    if here is None:
+        return "busy"
+    filename, number, _ = here
+    spot = f"{cell_name(filename)}, line {number}"
+    if last_call and last_call[1] == f"{filename}:{number}":
+        return f"in {last_call[0]} at {spot}"
+    source = linecache.getline(filename, number).strip()
+    return f"at {spot}" + (f": {source}" if source else "")
+
+
+# ---- outcomes -------------------------------------------------------------------------------------------------
+# A rank's outcome is a tuple: ("result",), ("error", described), ("died", exit code), ("busy", frames or None)
+# or ("idle",) for a rank that took no part in the call.
+
+
+def fate(code):
+    if code is None:
+        return "has gone", "gone"
+    if code >= 0:
+        return f"ended its process with exit code {code}", f"exit {code}"
+    name = signal.Signals(-code).name
+    why = {
+        "SIGKILL": "killed from outside, or by the system because memory ran out",
+        "SIGABRT": "native code gave up",
+        "SIGSEGV": "native code crashed",
+    }.get(name, "")
+    return f"was ended by {name}" + (f" ({why})" if why else ""), name
+
+
+def _second_hand(described):
+    return bool(_SECOND_HAND.search(described["message"])) and described["type"] != "CollectiveMismatch"
+
+
+def root_cause(outcomes):
+    """The rank whose failure came first, or None where no rank failed."""
+
+    def order(item):
+        rank, (kind, *rest) = item
+        if kind == "died":
+            return 1, rest[1], rank
+        described = rest[0]
+        return (0 if described["type"] == "CollectiveMismatch" else 3 if _second_hand(described) else 2), described[
+            "time"
+        ], rank
+
+    failed = [item for item in outcomes.items() if item[1][0] in ("error", "died")]
+    return min(failed, key=order)[0] if failed else None
+
+
+def harmless(outcomes):
+    """True where every rank came back and no failure can have disturbed the group."""
+    return all(
+        kind in ("result", "idle")
+        or kind == "error" and rest[0]["type"] != "CollectiveMismatch" and not _second_hand(rest[0])
+        for kind, *rest in outcomes.values()
+    )
+
+
+def where(outcomes, last_calls):
+    """What each rank was doing at the end, as a list of strings in rank order."""
+    said = []
+    for rank, (kind, *rest) in sorted(outcomes.items()):
+        if kind == "result":
+            said.append("had finished")
+        elif kind == "idle":
+            said.append("took no part")
+        elif kind == "died":
+            said.append(fate(rest[0])[0])
+        elif kind == "error":
+            second = " (because another rank had gone)" if _second_hand(rest[0]) else ""
+            said.append(f"raised {rest[0]['type']}{second}")
+        elif kind == "stopped":
+            said.append("was stopped")
+        elif rest[0] is None:
+            said.append("did not answer: native code does not let its interpreter go")
+        else:
+            said.append("was " + doing(rest[0], last_calls[rank]))
+    return said
+
+
+def folded(said, leave_out=()):
+    """['a', 'a', 'b'] -> 'ranks 0, 1 a; rank 2 b'"""
+    same = {}
+    for rank, text in enumerate(said):
+        if rank not in leave_out:
+            same.setdefault(text, []).append(rank)
+    return "; ".join(
+        f"{plural(ranks)} {text if len(ranks) == 1 else re.sub(r'^was ', 'were ', text)}" for text, ranks in same.items()
+    )
+
+
+def failure(outcomes, last_calls, fault_frames, ending):
+    """The RankError for outcomes in which a rank failed. `ending`: what became of the ranks, in a sentence."""
+    rank = root_cause(outcomes)
+    kind, *rest = outcomes[rank]
+    said = where(outcomes, last_calls)
+    if kind == "died":
+        sentence, cause = fate(rest[0])
+        head, message, frames = f"rank {rank} {sentence}", sentence, fault_frames
+        body = excerpt(frames) if frames else []
+        if not body and last_calls[rank]:
+            body = [f"its last call to another rank: {spoken('{0[0]} at {0[1]}'.format(last_calls[rank]))}"]
+    else:
+        described = rest[0]
+        cause, message, frames = described["type"], spoken(described["message"]), described["frames"]
+        same = [r for r, o in outcomes.items() if o[0] == "error" and _alike(o[1], described)]
+        head = f"{plural(same)} raised {cause}" + (f": {_short(message)}" if message else "")
+        body = excerpt(frames)
+        earlier = described["earlier"]
+        if earlier and not _second_hand(earlier):
+            body.append(f"while handling {earlier['type']}: {_short(spoken(earlier['message']))}")
+        if hint := _hint(described, body):
+            body.append(hint)
+    same = same if kind == "error" else [rank]
+    rest_of_them = folded(said, leave_out=same)
+    lines = [head, *body]
+    if rest_of_them:
+        lines.append(f"Meanwhile {rest_of_them}.")
+    lines.append(ending)
+    here = _innermost(frames) if frames else None
+    return RankError(
+        "\n".join(lines),
+        rank=rank,
+        cause=cause,
+        message=message,
+        cell=here and cell_name(here[0]),
+        line=here and here[1],
+        where=said,
+        details=details(outcomes, said),
+    )
+
+
+def _alike(a, b):
+    return a["type"] == b["type"] and a["message"] == b["message"] and a["frames"] == b["frames"]
+
+
+def _short(message, limit=600):
+    return message if len(message) <= limit else message[: limit // 2] + " … " + message[-limit // 2 :]
+
+
+def _hint(described, body):
+    if described["type"] == "NameError" and "name '" in described["message"]:
+        name = described["message"].split("'")[1]
+        shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+        if shell and name in shell.user_ns:
+            return f"`{name}` lives in the notebook, not on the ranks: send it with ranks.push({name}={name})"
+    return None
+
+
+def details(outcomes, said):
+    parts = []
+    for rank, outcome in sorted(outcomes.items()):
+        parts.append(f"rank {rank} {said[rank]}")
+        frames = outcome[1]["frames"] if outcome[0] == "error" else outcome[1] if outcome[0] == "busy" else None
+        for filename, number, name in frames or []:
+            parts.append(f"    {cell_name(filename)}, line {number}, in {name}")
+            parts += [f"        {source}" for source in [linecache.getline(filename, number).strip()] if source]
+        if outcome[0] == "error":
+            parts.append(f"    {outcome[1]['type']}: {spoken(outcome[1]['message'])}")
+    return "\n".join(parts)
+
+
+def hang(outcomes, last_calls, behind, seconds, ending):
+    """The RankHang for outcomes in which some rank is still busy."""
+    said = where(outcomes, last_calls)
+    busy = [r for r, o in outcomes.items() if o[0] == "busy"]
+    waiting = [r for r in busy if said[r].startswith("was in ")]
+    elsewhere = [r for r in busy if r not in waiting]
+    gone = [r for r, o in outcomes.items() if o[0] in ("result", "idle")]
+    late = sorted({r for ahead, late in behind if set(ahead) & set(waiting) for r in late if r in gone})
+    blame, cause = None, "stall"
+    if waiting and late:
+        blame = late[0]
+        what = "takes no part in this call" if outcomes[blame][0] == "idle" else "returned without making that call"
+        what = what if len(late) == 1 else what.replace("takes", "take")
+        head = f"{plural(waiting)} wait{'s' * (len(waiting) == 1)} for {plural(late)}, which {what}"
+        cause = "skipped call"
+    elif waiting and elsewhere:
+        blame = elsewhere[0]
+        head = f"{plural(waiting)} wait{'s' * (len(waiting) == 1)} for {plural(elsewhere)}: no sign of life for {seconds:g} s"
+        cause = "stall"
+    elif waiting:
+        blame = waiting[0]
+        head = f"{plural(waiting)} wait for each other: a deadlock, no sign of life for {seconds:g} s"
+        cause = "deadlock"
+    else:
+        blame = busy[0]
+        head = f"no sign of life from {plural(busy)} for {seconds:g} s"
+    lines = [head]
+    for rank in sorted(outcomes):
+        group = [r for r in outcomes if said[r] == said[rank]]
+        if rank == group[0]:
+            lines.append(f"  {plural(group)} {said[rank] if len(group) == 1 else re.sub(r'^was ', 'were ', said[rank])}")
+    if cause == "stall":
+        lines.append("If it is only slow: ranks.run(..., timeout=…) or Ranks(…, timeout=…) waits longer (seconds).")
+    lines.append(ending)
+    here = _innermost(outcomes[blame][1] or []) if outcomes[blame][0] == "busy" else None
+    here = here or next((_innermost(outcomes[r][1] or []) for r in waiting), None)
+    return RankHang(
+        "\n".join(lines),
+        rank=blame,
+        cause=cause,
+        message=head,
+        cell=here and cell_name(here[0]),
+        line=here and here[1],
+        where=said,
+        details=details(outcomes, said),
+    )
+
+
+def unfinished(behind, last_calls, ending):
+    """Every rank returned, but they did not make the same calls."""
+    ahead, late = behind[0]
+    call, at = last_calls[ahead[0]] or ("a call", "")
+    text = (
+        f"{plural(ahead)} made a call that {plural(late)} did not make: {spoken(f'{call} at {at}')}\n"
+        "Nobody waited for it this time, but it is still open, and the next call would be matched with it.\n" + ending
+    )
+    return RankError(text, rank=ahead[0], cause="unmatched call", message=text.splitlines()[0], details=text)

@@ -1,0 +1,288 @@
+"""`Ranks`: warm ranks under torchrun, driven from a notebook or a script."""
+
+import atexit
+import inspect
+import sys
+import threading
+import time
+import weakref
+
+from . import report
+from .card import card, process_rows
+from .link import HERE, Link
+from .output import Live, in_notebook
+from .rank import pull, push, run_cell
+from .transport import Parcel
+
+_all = weakref.WeakSet()
+_KEPT = "The ranks and what they hold are still there."
+_FRESH = "A fresh set of ranks takes over: names that %%ranks cells had set are gone, the next call works."
+
+
+class Ranks:
+    """`n` processes started by torchrun, joined in a group, and kept warm.
+
+    Ranks(4, timeout=20, threads=1)
+
+    n        how many ranks (torchrun's --nproc-per-node).
+    timeout  seconds without a sign of life (output, a collective, a result) after which a stall is reported.
+    threads  threads each rank computes with.
+    fork     True: torch is imported once, by a host that forks the ranks (the default, except on macOS);
+             False: every torchrun worker imports torch itself and becomes the rank.
+
+    Each rank gets its own GPU with nccl where there are enough, a share of one over gloo where there are fewer,
+    and the CPU with gloo elsewhere. Use as a context manager, or call `close`; the ranks also end with the
+    notebook's kernel. In a notebook a second `Ranks(4)` replaces the first, so that running a cell again does not
+    pile up processes.
+    """
+
+    def __init__(self, n=4, *, timeout=20.0, threads=1, fork=sys.platform != "darwin"):
+        self.state, self.output, self.last_error = "closed", [], None
+        if not isinstance(n, int) or not 1 <= n <= 32:
+            raise ValueError(f"Ranks(n): n is a whole number from 1 to 32, not {n!r}")
+        if timeout <= 0:
+            raise ValueError(f"timeout is a number of seconds above 0, not {timeout!r}")
+        self.n, self.timeout, self._cards, self._lock = n, timeout, [], threading.Lock()
+        _close_namesakes(n)
+        began = time.monotonic()
+        self._link = Link(n, threads, fork)
+        self._become("starting")
+        try:
+            self._link.wait_joined()
+        except BaseException:
+            self.close()
+            raise
+        self.start_seconds = time.monotonic() - began
+        self._become("ready")
+        _all.add(self)
+
+    def run(self, fn, *args, on=None, quiet=False, timeout=None, **kwargs):
+        """Call `fn(*args, **kwargs)` on every rank (or on the ranks in `on`) and wait for all.
+
+        Returns the list of results in rank order. `fn` may be defined in a cell. Tensors come back by value, on
+        the CPU, without their autograd graph. What the ranks print is shown (not with `quiet`) and stays in
+        `self.output`, one string a rank. Raises RankError or RankHang, whose first line is the root cause; the
+        next call works whatever happened.
+        """
+        if not callable(fn):
+            raise TypeError(f"run(fn, *args): fn is a function, not {type(fn).__name__}")
+        on = range(self.n) if on is None else [on] if isinstance(on, int) else list(on)
+        if wrong := [r for r in on if r not in range(self.n)]:
+            raise ValueError(f"there is no rank {wrong[0]}: this Ranks has ranks 0 to {self.n - 1}")
+        try:
+            parcel = Parcel((fn, args, kwargs))
+        except Exception as error:
+            raise TypeError(_unsendable(fn, args, kwargs, error)) from None
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("these ranks are busy with another call")
+        try:
+            if self.state == "closed":
+                raise RuntimeError("these ranks are closed: make new ones with Ranks(n)")
+            return self._call(parcel, on, quiet, timeout or self.timeout)
+        except report.RankError as error:
+            self.last_error = error
+            raise
+        finally:
+            parcel.close()
+            self._lock.release()
+
+    def trace(self, fn, *args, **kwargs):
+        """Like `run`, under torch's profiler on every rank: a `Trace` of what each computed and communicated;
+        the results are `trace.results`."""
+        from pardist_lib.measure.trace import Trace, record
+
+        return Trace(self.run(record, fn, *args, **kwargs))
+
+    def push(self, **values):
+        """Set names on every rank, for %%ranks cells: ranks.push(x=torch.ones(3))."""
+        self.run(push, values, quiet=True)
+
+    def pull(self, name):
+        """The value a name has on each rank, as a list."""
+        return self.run(pull, name, quiet=True)
+
+    def run_cell(self, source, filename="<cell>", on=None):
+        """What %%ranks does: run source text on the ranks, in names that persist there."""
+        self.run(run_cell, source, filename, on=on)
+
+    def restart(self):
+        """Replace all ranks by fresh ones (names set on them are gone)."""
+        self._replace(_FRESH)
+        self._link.wait_joined()
+        self._become("ready")
+
+    def close(self):
+        """End the ranks, torchrun and everything they opened."""
+        if self.state != "closed":
+            self._become("closed")
+            self._link.close()
+
+    def processes(self):
+        """The true process tree as a list of dicts (pid, parent, what, rank, threads), from the notebook down."""
+        return process_rows(self._link)
+
+    @property
+    def backend(self):
+        return self._link.ranks[0].backend
+
+    @property
+    def device(self):
+        return self._link.ranks[0].device
+
+    @property
+    def command(self):
+        """The torchrun command that runs, without this machine's paths."""
+        text = " ".join(["torchrun", *self._link.torchrun[3:]]).replace("{generation}", str(self._link.generation))
+        return text.replace(self._link.folder, "$SESSION").replace(f"{HERE}/", "")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __del__(self):
+        if not sys.is_finalizing():
+            self.close()
+
+    def __reduce__(self):
+        raise TypeError("a Ranks stays in the notebook: it cannot be sent to its own ranks")
+
+    def __repr__(self):
+        return f"Ranks({self.n}): {self.state}" + (f", {self.backend} on {self.device}" if self.backend else "")
+
+    def _ipython_display_(self):
+        from IPython.display import display
+
+        shown = display({"text/html": card(self), "text/plain": repr(self)}, raw=True, display_id=True)
+        self._cards = [*self._cards[-3:], shown]
+
+    # ---- one call ---------------------------------------------------------------------------------------------
+
+    def _call(self, parcel, on, quiet, timeout):
+        link = self._link
+        link.wait_joined()
+        self._become("running")
+        link.number += 1
+        for r in link.ranks:
+            r.begin(r.number in on)
+        mine, live = [link.ranks[r] for r in on], Live(quiet)
+        try:
+            for r in mine:
+                try:
+                    parcel.send(r.calls, link.number)
+                except OSError:
+                    pass  # it died while idle: the host tells how
+            self._wait(mine, live, timeout)
+            if behind := link.ledger.behind():
+                lasts = link.last_calls()
+                raise report.unfinished(behind, lasts, self._replace(_FRESH))
+            return [r.outcome[1].load() for r in mine]
+        except KeyboardInterrupt:
+            link.ask_where(0.5)
+            said = report.folded(report.where(self._outcomes(), link.last_calls()))
+            raise report.RanksInterrupted(f"{said}\n{self._replace(_FRESH)}") from None
+        finally:
+            live.finish(mine)
+            self.output = [r.printed.text() for r in mine] if len(mine) == self.n else self._output_of(mine)
+            if self.state == "running":
+                self._become("ready")
+
+    def _output_of(self, mine):
+        return [next((r.printed.text() for r in mine if r.number == n), "") for n in range(self.n)]
+
+    def _wait(self, mine, live, timeout):
+        """Until every rank is done; raises when one has failed or nothing moves any more."""
+        link = self._link
+        signs, since, probes, counted = None, time.monotonic(), 0, None
+        while not all(r.ended for r in mine):
+            moved = link.pump(0.1)
+            live.update(mine)
+            if link.lost:
+                self.close()
+                raise report.RankError(f"the ranks are gone: {link.lost}. Make new ones with Ranks(n)")
+            if any(r.outcome[0] in ("error", "died") for r in mine):
+                raise self._failed(mine)
+            now = [link.ledger.total(r) for r in range(self.n)]
+            if moved or now != signs:
+                signs, since, probes = now, time.monotonic(), 0
+                continue
+            silent = time.monotonic() - since
+            # look closer after one second, at half time and at the end
+            if silent > (1.0, timeout / 2, timeout)[min(probes, 2)] or silent > timeout:
+                before, counted = counted, link.ask_where(0.5)
+                probes += 1
+                if probes > 1 and counted != before and any(counted.values()):
+                    since, probes = time.monotonic(), 1  # DDP's own collectives went on meanwhile
+                elif silent > timeout or self._cannot_go_on():
+                    raise self._hung(silent)
+
+    def _cannot_go_on(self):
+        """True where a rank waits for a call that another one, already back, did not make."""
+        link = self._link
+        back = {r.number for r in link.ranks if r.outcome[0] in ("result", "idle")}
+        said = report.where(self._outcomes(), link.last_calls())
+        return any(
+            set(late) <= back and any(said[r].startswith("was in ") for r in ahead)
+            for ahead, late in link.ledger.behind()
+        )
+
+    def _failed(self, mine):
+        link, deadline = self._link, time.monotonic() + 0.4
+        while not all(r.ended for r in mine) and time.monotonic() < deadline:
+            link.pump(0.05)  # other failures, or a death that came before, may be on their way
+        link.ask_where(0.5)
+        outcomes, lasts = self._outcomes(), link.last_calls()
+        faults = link.fault_frames(report.root_cause(outcomes))
+        sound = not link.ledger.behind() and report.harmless(outcomes)
+        return report.failure(outcomes, lasts, faults, _KEPT if sound else self._replace(_FRESH))
+
+    def _hung(self, seconds):
+        link = self._link
+        outcomes, lasts, behind = self._outcomes(), link.last_calls(), link.ledger.behind()
+        return report.hang(outcomes, lasts, behind, round(seconds, 1), self._replace(_FRESH))
+
+    def _outcomes(self):
+        return {r.number: r.outcome for r in self._link.ranks}
+
+    def _replace(self, ending):
+        self._link.replace()
+        self._become("replacing its ranks")
+        return ending
+
+    def _become(self, state):
+        self.state = state
+        if state != "running":  # too short-lived to draw
+            for shown in self._cards:
+                shown.update({"text/html": card(self), "text/plain": repr(self)}, raw=True)
+
+
+def newest():
+    """The Ranks made last and still open, or None."""
+    return max((r for r in _all if r.state != "closed"), key=lambda r: r._link.host.pid, default=None)
+
+
+def _unsendable(fn, args, kwargs, error):
+    """Say which part of a call cannot be pickled."""
+    parts = [(f"argument {i}", a) for i, a in enumerate(args)] + [(f"argument {k}", v) for k, v in kwargs.items()]
+    if inspect.isfunction(fn):
+        used = inspect.getclosurevars(fn)
+        parts += [(f"`{k}`, which `{fn.__name__}` uses,", v) for k, v in {**used.globals, **used.nonlocals}.items()]
+    for what, value in parts:
+        try:
+            Parcel(value).close()
+        except Exception as problem:
+            return f"{what} cannot be sent to the ranks: {problem}"
+    return f"the call cannot be sent to the ranks: {error}"
+
+
+def _close_namesakes(n):
+    for old in list(_all) if in_notebook() else []:
+        if old.n == n and old.state != "closed" and not old._lock.locked():
+            old.close()
+
+
+@atexit.register
+def _close_all():
+    for ranks in list(_all):
+        ranks.close()

@@ -1,0 +1,267 @@
+"""The fault table: whatever goes wrong on the ranks ends soon, in one message with the root cause first, and the
+next call works."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pardist_lib import RankError, RankHang, Ranks
+from pardist_lib.ranks import CollectiveMismatch, RanksInterrupted
+
+TIMEOUT = 4.0  # seconds of stall until it is reported
+GRACE = 3.0  # a message comes at most this much later
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(4, timeout=TIMEOUT) as ranks:
+        yield ranks
+
+
+def rank_sum():
+    x = torch.tensor([float(dist.get_rank())])
+    dist.all_reduce(x)
+    return x.item()
+
+
+def fails(ranks, fn, *args, error=RankError, within=GRACE, **kwargs):
+    """The error that running `fn` gives, after checking when it came and that the next call works."""
+    began = time.monotonic()
+    with pytest.raises(error) as caught:
+        ranks.run(fn, *args, **kwargs)
+    took = time.monotonic() - began
+    assert took < within, f"the message took {took:.1f} s"
+    began = time.monotonic()
+    assert ranks.run(rank_sum) == [6.0] * 4
+    assert time.monotonic() - began < 2.0
+    return caught.value
+
+
+def raises_alone():
+    if dist.get_rank() == 2:
+        raise ValueError("bad shard")  # the line that must be named
+    rank_sum()
+
+
+def raises_everywhere():
+    raise KeyError("weight")
+
+
+def shapes_differ():
+    dist.all_reduce(torch.ones(4 if dist.get_rank() else 5))
+
+
+def dtypes_differ():
+    dist.all_reduce(torch.ones(4, dtype=torch.float64 if dist.get_rank() == 3 else torch.float32))
+
+
+def collectives_differ():
+    x = torch.ones(4)
+    dist.broadcast(x, 0) if dist.get_rank() == 1 else dist.all_reduce(x)
+
+
+def roots_differ():
+    dist.broadcast(torch.ones(4), dist.get_rank() % 2)
+
+
+def operations_differ():
+    dist.all_reduce(torch.ones(4), dist.ReduceOp.MAX if dist.get_rank() == 1 else dist.ReduceOp.SUM)
+
+
+def message_sizes_differ():
+    if dist.get_rank() == 0:
+        dist.send(torch.ones(4), 1)
+    elif dist.get_rank() == 1:
+        dist.recv(torch.ones(5), 0)
+
+
+def skips_a_call():
+    if dist.get_rank() != 1:
+        dist.all_reduce(torch.ones(4))
+
+
+def leaves_a_call_open():
+    if dist.get_rank() == 0:
+        dist.all_reduce(torch.ones(4), async_op=True)
+
+
+def sleeps():
+    if dist.get_rank() == 1:
+        time.sleep(60)
+    dist.all_reduce(torch.ones(4))
+
+
+def never_returns():
+    while True:
+        pass
+
+
+def everybody_receives():
+    dist.recv(torch.ones(1), (dist.get_rank() + 1) % 4)
+
+
+def exits():
+    if dist.get_rank() == 1:
+        os._exit(3)
+    dist.all_reduce(torch.ones(4))
+
+
+def sys_exits():
+    if dist.get_rank() == 1:
+        raise SystemExit(2)
+    dist.all_reduce(torch.ones(4))
+
+
+def is_killed():
+    if dist.get_rank() == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(4))
+
+
+def aborts():
+    if dist.get_rank() == 0:
+        os.abort()  # what C++ does in a `terminate`
+    dist.all_reduce(torch.ones(4))
+
+
+def line_of(fn, text):
+    import inspect
+
+    lines, start = inspect.getsourcelines(fn)
+    return next(start + i for i, line in enumerate(lines) if text in line)
+
+
+def test_one_rank_raises(ranks):
+    error = fails(ranks, raises_alone)
+    assert (error.rank, error.cause, error.message) == (2, "ValueError", "bad shard")
+    assert error.line == line_of(raises_alone, "bad shard") and error.cell == "test_faults.py"
+    assert str(error).startswith("rank 2 raised ValueError: bad shard")
+    assert "ranks 0, 1, 3 were in all_reduce(float32 [1], SUM)" in str(error)
+
+
+def test_all_ranks_raise_and_keep_their_names(ranks):
+    ranks.push(kept=7)
+    error = fails(ranks, raises_everywhere)
+    assert str(error).startswith("ranks 0–3 raised KeyError") and "still there" in str(error)
+    assert ranks.pull("kept") == [7] * 4
+
+
+@pytest.mark.parametrize(
+    "fn, both",
+    [
+        (shapes_differ, ["all_reduce(float32 [4], SUM)", "all_reduce(float32 [5], SUM)"]),
+        (dtypes_differ, ["all_reduce(float64 [4], SUM)", "all_reduce(float32 [4], SUM)"]),
+        (collectives_differ, ["broadcast(float32 [4], root 0)", "all_reduce(float32 [4], SUM)"]),
+        (roots_differ, ["broadcast(float32 [4], root 0)", "broadcast(float32 [4], root 1)"]),
+        (operations_differ, ["all_reduce(float32 [4], MAX)", "all_reduce(float32 [4], SUM)"]),
+        (message_sizes_differ, ["send(float32 [4], to rank 1)", "recv(float32 [5], from rank 0)"]),
+    ],
+)
+def test_calls_that_differ_are_named_on_both_sides(ranks, fn, both):
+    error = fails(ranks, fn)
+    assert error.cause == CollectiveMismatch.__name__
+    assert all(call in error.message for call in both)
+    assert f"test_faults.py, line {error.line}" in error.message and "ipykernel" not in str(error)
+
+
+def test_a_skipped_call_is_seen_without_waiting_for_the_timeout(ranks):
+    error = fails(ranks, skips_a_call, error=RankHang)
+    assert (error.rank, error.cause) == (1, "skipped call")
+    assert "ranks 0, 2, 3 wait for rank 1, which returned without making that call" in str(error)
+    assert error.line == line_of(skips_a_call, "all_reduce")
+
+
+def test_a_call_for_some_ranks_that_needs_all(ranks):
+    error = fails(ranks, rank_sum, on=[0, 2], error=RankHang)
+    assert "ranks 0, 2 wait for ranks 1, 3, which take no part in this call" in str(error)
+
+
+def test_a_call_left_open(ranks):
+    error = fails(ranks, leaves_a_call_open)
+    assert error.cause == "unmatched call" and "rank 0 made a call that ranks 1–3 did not make" in str(error)
+
+
+def test_a_rank_sleeps(ranks):
+    error = fails(ranks, sleeps, error=RankHang, within=TIMEOUT + GRACE)
+    assert (error.rank, error.line) == (1, line_of(sleeps, "time.sleep"))
+    assert "ranks 0, 2, 3 wait for rank 1" in str(error) and "time.sleep(60)" in str(error)
+
+
+def test_nobody_returns(ranks):
+    error = fails(ranks, never_returns, error=RankHang, within=TIMEOUT + GRACE)
+    assert str(error).startswith("no sign of life from ranks 0–3")
+
+
+def test_deadlock(ranks):
+    error = fails(ranks, everybody_receives, error=RankHang, within=TIMEOUT + GRACE)
+    assert error.cause == "deadlock" and "recv(float32 [1], from rank 1)" in str(error)
+
+
+@pytest.mark.parametrize("fn, rank, cause", [(exits, 1, "exit code 3"), (is_killed, 3, "SIGKILL"), (aborts, 0, "SIGABRT")])
+def test_a_rank_dies(ranks, fn, rank, cause):
+    error = fails(ranks, fn)
+    assert error.rank == rank and cause in str(error).splitlines()[0]
+    if fn is aborts:
+        assert error.line == line_of(aborts, "os.abort")
+
+
+def test_a_rank_that_died_between_two_calls(ranks):
+    os.kill(ranks.run(os.getpid)[1], signal.SIGKILL)
+    time.sleep(0.2)
+    error = fails(ranks, rank_sum)
+    assert error.rank == 1 and "SIGKILL" in str(error)
+
+
+def test_sys_exit_is_an_error_like_others(ranks):
+    error = fails(ranks, sys_exits)
+    assert (error.rank, error.cause) == (1, "SystemExit")
+
+
+def test_a_result_that_cannot_be_sent(ranks):
+    error = fails(ranks, threading.Lock)
+    assert "cannot pickle" in str(error) and "plain values" in str(error)
+
+
+def test_a_function_that_cannot_be_sent(ranks):
+    lock = threading.Lock()
+    with pytest.raises(TypeError, match="`lock`, which `uses_it` uses, cannot be sent"):
+
+        def uses_it():
+            return lock
+
+        ranks.run(uses_it)
+    with pytest.raises(TypeError, match="stays in the notebook"):
+        ranks.run(print, ranks)
+
+
+def test_ten_megabytes_of_prints(ranks):
+    def chatter():
+        for i in range(100_000):
+            print(f"{i:098d}")
+        print("the end")
+
+    began = time.monotonic()
+    ranks.run(chatter, quiet=True)
+    assert time.monotonic() - began < 15
+    for text in ranks.output:
+        assert len(text) == 100_000 * 99 + 8 and text.endswith("the end\n")
+
+
+def test_the_stop_button(ranks):
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    error = fails(ranks, sleeps, error=RanksInterrupted, within=1 + GRACE)
+    assert "time.sleep(60)" in str(error) and isinstance(error, KeyboardInterrupt)
+
+
+def test_after_a_kill_the_next_call_answers_within_a_second(ranks):
+    with pytest.raises(RankError):
+        ranks.run(is_killed)
+    began = time.monotonic()
+    assert ranks.run(rank_sum) == [6.0] * 4
+    assert time.monotonic() - began < 5  # the figure itself is the benchmark's: this machine may be busy
