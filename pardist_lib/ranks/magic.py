@@ -36,7 +36,7 @@ def _named(source):
     """A file name under which tracebacks find the cell's lines: In[7]."""
     from IPython import get_ipython
 
-    name = f"In[{get_ipython().execution_count}]"
+    name = f"In[{len(get_ipython().user_ns['In']) - 1}]"  # execution_count is one ahead in some versions
     linecache.cache[name] = len(source), None, source.splitlines(keepends=True), name
     return name
 

@@ -135,11 +135,11 @@ def _failure(ranks, said, code):
     for r in ranks:
         described, ended = r.described(), codes.get(r.number, 0)
         if ended < 0 and ended != -signal.SIGTERM:  # SIGTERM is torchrun's, for those who outlived the first
-            outcomes[r.number] = "died", ended, r.error_since or 0
+            outcomes[r.number] = "died", ended, r.error_since or 0, r.printed.lines()[-3:]
         elif described:
             outcomes[r.number] = "error", described
         elif ended > 0:
-            outcomes[r.number] = "died", ended, r.error_since or 0
+            outcomes[r.number] = "died", ended, 0, r.printed.lines()[-3:]
         else:
             outcomes[r.number] = ("stopped",)
         r.forget_traceback()

@@ -112,8 +112,8 @@ def doing(frames, last_call):
 
 
 # ---- outcomes -------------------------------------------------------------------------------------------------
-# A rank's outcome is a tuple: ("result",), ("error", described), ("died", exit code), ("busy", frames or None)
-# or ("idle",) for a rank that took no part in the call.
+# A rank's outcome is a tuple: ("result", ...), ("error", described), ("died", exit code, time[, last lines]),
+# ("busy", frames or None), ("idle",) for a rank that took no part in the call, ("stopped",) in a whole program.
 
 
 def fate(code):
@@ -200,7 +200,7 @@ def failure(outcomes, last_calls, fault_frames, ending):
     if kind == "died":
         sentence, cause = fate(rest[0])
         head, message, frames = f"rank {rank} {sentence}", sentence, fault_frames
-        body = excerpt(frames) if frames else []
+        body = excerpt(frames) if frames else [f"      {line}" for lines in rest[2:] for line in lines]
         if not body and last_calls[rank]:
             body = [f"its last call to another rank: {spoken('{0[0]} at {0[1]}'.format(last_calls[rank]))}"]
     else:

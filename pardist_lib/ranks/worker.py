@@ -5,6 +5,7 @@ done with it. The rank itself is forked from the host, which has imported torch 
 With `--plain` (macOS, where forking after an import of torch is not safe) this process becomes the rank.
 """
 
+import json
 import os
 import sys
 from multiprocessing import connection
@@ -13,6 +14,8 @@ from multiprocessing import connection
 def main(folder, mode, generation):
     env = {k: v for k, v in os.environ.items() if k in _GIVEN or k.startswith("TORCHELASTIC_")}
     if mode == "--plain":
+        with open(os.path.join(folder, "setup.json")) as file:
+            sys.path[:] = json.load(file)["path"]
         from pardist_lib.ranks.rank import serve
 
         serve(folder, env, int(generation))

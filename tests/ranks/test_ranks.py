@@ -1,0 +1,302 @@
+"""What `Ranks` is for: calls, values, names, output, programs."""
+
+import os
+import stat
+import subprocess
+import sys
+from multiprocessing import AuthenticationError, connection
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from pardist_lib import RankError, Ranks, progress, torchrun
+from pardist_lib.ranks.output import Printed, folded, rendered
+from pardist_lib.ranks.report import plural
+
+
+def whoami(scale=1, *, offset=0):
+    return dist.get_rank() * scale + offset
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_results_come_in_rank_order(ranks_of, n):
+    assert ranks_of(n).run(whoami, 10, offset=1) == [r * 10 + 1 for r in range(n)]
+
+
+def test_on_some_ranks(ranks_of):
+    assert ranks_of(4).run(whoami, on=[2, 0]) == [2, 0]
+    assert ranks_of(4).run(whoami, on=3) == [3]
+    with pytest.raises(ValueError, match="there is no rank 4: this Ranks has ranks 0 to 3"):
+        ranks_of(4).run(whoami, on=[4])
+
+
+def test_torchruns_environment_reaches_the_ranks(ranks_of):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "OMP_NUM_THREADS")
+    for rank, got in enumerate(ranks_of(4).run(lambda: [os.environ.get(n) for n in names])):
+        assert got[:3] == [str(rank), str(rank), "4"] and all(got)
+        assert got[5] == "1"
+    assert ranks_of(4).run(torch.get_num_threads) == [1] * 4
+    assert ranks_of(4).command.startswith("torchrun --nproc-per-node 4 ") and os.sep + "tmp" not in ranks_of(4).command
+
+
+def test_the_true_process_tree(ranks_of):
+    ranks = ranks_of(4)
+    rows = ranks.processes()
+    by_pid = {row["pid"]: row for row in rows}
+    parents = {row["what"]: by_pid[row["parent"]]["what"] for row in rows if row["parent"]}
+    assert parents["torchrun's worker"] == "torchrun" and parents["rank"].startswith("host")
+    assert sorted(row["rank"] for row in rows if row["what"] == "rank") == [0, 1, 2, 3]
+    assert [row["pid"] for row in rows if row["what"] == "rank"] == ranks.run(os.getpid)
+    assert psutil.Process(ranks._link.torchrun_pid).cmdline()[2] == "torch.distributed.run"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(6.0).reshape(2, 3).t(),
+        torch.randn(300, 300),
+        torch.tensor(3.5),
+        torch.empty(0, 4, dtype=torch.int32),
+        torch.ones(70000, dtype=torch.bfloat16),
+        torch.tensor([True, False]),
+        torch.tensor([1 + 2j]),
+        torch.sparse_coo_tensor([[0, 1]], [1.0, 2.0], (3,), check_invariants=True),
+        torch.nn.Parameter(torch.ones(3), requires_grad=False),
+    ],
+    ids=lambda v: f"{v.dtype}-{tuple(v.shape)}",
+)
+def test_tensors_come_back_as_they_are(ranks_of, value):
+    for got in ranks_of(4).run(lambda x: x, value):
+        assert type(got) is type(value) and got.dtype == value.dtype and got.requires_grad == value.requires_grad
+        assert torch.equal(got.to_dense(), value.to_dense())
+
+
+def test_results_are_the_notebooks_own(ranks_of):
+    """Writing into a received tensor or array changes nobody else's, and what was sent stays as it was."""
+    sent = torch.zeros(1 << 17)
+
+    def add_one(x):
+        x += 1
+        return {"tensor": x, "array": np.arange(1 << 15), "list": [x, x]}
+
+    got = ranks_of(4).run(add_one, sent)
+    got[0]["tensor"].mul_(7)
+    got[0]["array"][0] = 5
+    assert sent.sum() == 0 and got[1]["tensor"][0] == 1 and got[1]["array"][0] == 0
+    assert got[0]["list"][0] is got[0]["list"][1] is got[0]["tensor"]  # one tensor stays one
+
+
+def test_a_result_leaves_its_graph_behind(ranks_of):
+    def loss():
+        w = torch.ones(3, requires_grad=True)
+        return (w * 2).sum(), w
+
+    total, leaf = ranks_of(4).run(loss)[0]
+    assert total == 6 and not total.requires_grad and leaf.requires_grad
+
+
+def test_modules_travel_with_tied_weights(ranks_of):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    got = ranks_of(4).run(lambda m: m, model)[2]
+    assert got[1].weight is got[0].weight and torch.equal(got[0].bias, model[0].bias)
+
+
+def test_names_persist_until_they_are_replaced(ranks_of):
+    ranks = ranks_of(4)
+    ranks.push(base=torch.ones(2))
+    ranks.run_cell("base = base * rank")
+    assert [x.tolist() for x in ranks.pull("base")] == [[r, r] for r in range(4)]
+    ranks.restart()
+    with pytest.raises(RankError, match="base"):
+        ranks.pull("base")
+
+
+def test_one_call_at_a_time(ranks_of):
+    ranks = ranks_of(4)
+    with ranks._lock, pytest.raises(RuntimeError, match="busy with another call"):
+        ranks.run(whoami)
+
+
+def test_closed_ranks_say_so():
+    with Ranks(1) as ranks:
+        family = psutil.Process(ranks._link.host.pid).children(recursive=True)
+        folder = ranks._link.folder
+    assert not [p for p in family if p.is_running()] and not Path(folder).exists()
+    with pytest.raises(RuntimeError, match="closed: make new ones"):
+        ranks.run(whoami)
+    ranks.close()  # twice is no error
+
+
+@pytest.mark.parametrize("bad", [0, -1, 33, 2.0, "4"])
+def test_nonsense_sizes(bad):
+    with pytest.raises(ValueError, match="whole number from 1 to 32"):
+        Ranks(bad)
+    with pytest.raises(ValueError, match="timeout"):
+        Ranks(2, timeout=0)
+
+
+def test_not_a_function(ranks_of):
+    with pytest.raises(TypeError, match="fn is a function, not int"):
+        ranks_of(4).run(3)
+
+
+def test_without_fork_each_worker_is_a_rank():
+    with Ranks(2, fork=False, timeout=5) as ranks:
+        assert ranks.run(whoami) == [0, 1]
+        parents = [psutil.Process(pid).ppid() for pid in ranks.run(os.getpid)]
+        assert parents == [ranks._link.torchrun_pid] * 2
+        with pytest.raises(RankError, match="rank 1 has gone"):
+            ranks.run(lambda: dist.get_rank() == 1 and os._exit(3) or dist.barrier())
+        assert ranks.run(whoami) == [0, 1]
+
+
+# ---- doors ----------------------------------------------------------------------------------------------------
+
+
+def test_strangers_are_refused(ranks_of):
+    ranks = ranks_of(4)
+    folder = Path(ranks._link.folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and stat.S_IMODE((folder / "key").stat().st_mode) == 0o600
+
+    knock = f"""
+from multiprocessing import connection
+connection.Client({str(folder / "door")!r}, family="AF_UNIX", authkey=b"guess")
+"""
+    stranger = subprocess.Popen([sys.executable, "-c", knock], stderr=subprocess.PIPE, text=True)
+    silent = connection.socket.socket(connection.socket.AF_UNIX)
+    silent.connect(str(folder / "door"))  # says nothing, and must not hold the notebook for long
+    assert ranks.run(whoami) == [0, 1, 2, 3]
+    ranks.run(__import__("time").sleep, 0.5)
+    assert AuthenticationError.__name__ in stranger.communicate(timeout=20)[1]
+    silent.close()
+    assert ranks.run(whoami) == [0, 1, 2, 3]
+
+
+def test_nothing_listens_beyond_loopback(ranks_of):
+    """Our own processes and torchrun's listen nowhere; each rank's gloo listens on loopback (README)."""
+    ranks = ranks_of(4)
+    family = [psutil.Process(ranks._link.host.pid)]
+    family += family[0].children(recursive=True)
+    pids = set(ranks.run(os.getpid))
+    for process in family:
+        for c in process.net_connections("inet"):
+            if c.status == psutil.CONN_LISTEN:
+                assert process.pid in pids, f"{process.cmdline()} listens on {c.laddr}"
+                assert c.laddr.ip in ("127.0.0.1", "::1")
+
+
+# ---- output ---------------------------------------------------------------------------------------------------
+
+
+def test_what_ranks_print_is_kept_in_rank_order(ranks_of, capsys):
+    ranks = ranks_of(4)
+
+    def talk():
+        print("all say this")
+        os.write(1, f"rank {dist.get_rank()} from C\n".encode())
+        sys.stderr.write("and this\n")
+
+    ranks.run(talk)
+    assert ranks.output == [f"all say this\nrank {r} from C\nand this\n" for r in range(4)]
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["ranks 0–3 │ all say this"] + [f"rank {r}    │ rank {r} from C" for r in range(4)] + [
+        "ranks 0–3 │ and this"
+    ]
+    ranks.run(talk, quiet=True)
+    assert capsys.readouterr().out == "" and len(ranks.output[0]) > 0
+    ranks.run(talk, on=2, quiet=True)
+    assert ranks.output[2].startswith("all say") and ranks.output[0] == ""
+
+
+def test_folding():
+    assert folded({0: ["a", "b"], 1: ["a", "b"]}) == [([0, 1], ["a", "b"])]
+    assert folded({0: ["a", "1"], 1: ["a", "2"], 2: ["a", "2"]}) == [([0, 1, 2], ["a"]), ([0], ["1"]), ([1, 2], ["2"])]
+    assert folded({0: [], 1: ["x"]}) == [([1], ["x"])]
+    assert folded({}) == []
+    long = [str(i) for i in range(1000)]
+    text = rendered({0: long}, colour=False)
+    assert "880 more lines, all of them in ranks.output[0]" in text and text.endswith("999")
+    assert len(rendered({0: ["x" * 10_000]}, colour=False)) < 600
+
+
+def test_progress_bars_leave_their_last_state():
+    printed = Printed()
+    printed.add(b"  0%|   |\r 50%|## |\r100%|####|\ndone\n\x1b[A")
+    assert printed.lines() == ["100%|####|", "done"]
+
+
+def test_progress_and_tqdm_on_ranks(ranks_of):
+    def train():
+        from tqdm import tqdm
+
+        return sum(progress(range(50), "steps")), sum(tqdm(range(10)))
+
+    assert ranks_of(4).run(train, quiet=True) == [(1225, 45)] * 4
+    assert sum(progress(range(5))) == 10  # outside of ranks it is tqdm
+
+
+def test_plural():
+    assert [plural(x) for x in ([1], [0, 1], [0, 1, 2], [3, 0, 1, 2, 6])] == [
+        "rank 1", "ranks 0, 1", "ranks 0–2", "ranks 0–3, 6",
+    ]  # fmt: skip
+
+
+# ---- whole programs -------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import os, sys, time
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+print("arguments", sys.argv[1:])
+if "raise" in sys.argv and rank == 1:
+    raise ValueError("broken shard")
+if "die" in sys.argv and rank == 1:
+    os.kill(os.getpid(), 9)
+if "sleep" in sys.argv:
+    time.sleep(60)
+x = torch.ones(1) * rank
+dist.all_reduce(x)
+print("sum", x.item())
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return path
+
+
+def test_a_program_under_torchrun(program):
+    printed = torchrun(program, "x", 3, nproc=2, quiet=True)
+    assert printed == ["arguments ['x', '3']\nsum 1.0\n"] * 2
+
+
+@pytest.mark.parametrize("how, cause", [("raise", "ValueError"), ("die", "SIGKILL")])
+def test_a_program_that_fails(program, how, cause, capsys):
+    with pytest.raises(RankError) as caught:
+        torchrun(program, how, nproc=3)
+    assert (caught.value.rank, caught.value.cause) == (1, cause)
+    assert len(str(caught.value).splitlines()) < 12
+    if how == "raise":
+        assert caught.value.line == PROGRAM.splitlines().index('    raise ValueError("broken shard")') + 1
+    assert "Traceback" not in capsys.readouterr().out
+
+
+def test_a_program_that_stalls(program):
+    with pytest.raises(RankError, match="no sign of life for 5 s"):
+        torchrun(program, "sleep", nproc=1, timeout=5, quiet=True)
+
+
+def test_programs_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no script"):
+        torchrun(tmp_path / "nothing.py")
+    with pytest.raises(RankError, match="No module named"):
+        torchrun("no_such_module_here", nproc=1, quiet=True)
