@@ -184,10 +184,10 @@ def _what(tensors):
     return ", ".join(f"{str(t.dtype)[6:]} {list(t.shape)}" for t in tensors)
 
 
-def _told(name, at, args):
+def _told(name, at, args, kwargs):
     """A call as one line of text that must be the same on every rank."""
     parts = [] if at is None else [_what(args[at])]
-    options = args[-1]
+    options = kwargs.get("opts", args[-1] if args else None)
     if (op := getattr(options, "reduceOp", None)) is not None:
         parts.append(op.op.name)
     if name in ("broadcast", "reduce", "gather", "scatter"):
@@ -224,7 +224,7 @@ def _noting(ledger, rank, method, name, at):
     @functools.wraps(method)
     def call(group, *args, **kwargs):
         members = _members(group)
-        here, this = channel(members, group.group_name), _told(name, at, args)
+        here, this = channel(members, group.group_name), _told(name, at, args, kwargs)
         where = place()
         number = ledger.write(rank, here, this, where)
         for other in members:

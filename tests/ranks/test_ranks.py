@@ -116,6 +116,36 @@ def test_names_persist_until_they_are_replaced(ranks_of):
         ranks.pull("base")
 
 
+def test_every_way_to_call_a_collective_is_noted(ranks_of):
+    """barrier, keyword arguments, object collectives, subgroups: the ledger must not get in the way."""
+
+    def calls():
+        n, x = dist.get_world_size(), torch.ones(4)
+        dist.barrier()
+        dist.all_reduce(x, op=dist.ReduceOp.AVG, async_op=True).wait()
+        dist.reduce(x, dst=1)
+        dist.gather(x, [torch.empty(4) for _ in range(n)] if dist.get_rank() == 0 else None)
+        dist.all_gather([torch.empty(4) for _ in range(n)], x)
+        dist.reduce_scatter_tensor(torch.empty(1), torch.ones(4))
+        dist.all_to_all_single(torch.empty(4), x)
+        objects = [None] * n
+        dist.all_gather_object(objects, dist.get_rank())
+        dist.broadcast_object_list(objects, src=2)
+        half = dist.new_group([0, 2])
+        if dist.get_rank() in (0, 2):
+            dist.all_reduce(torch.ones(2 + 0 * n), group=half)
+        reply = torch.empty(1)
+        if dist.get_rank() == 0:
+            senders = sorted(dist.recv(reply) for _ in range(n - 1))  # from anyone
+            assert senders == [1, 2, 3]
+        else:
+            dist.send(torch.ones(1), 0)
+        dist.monitored_barrier()
+        return objects
+
+    assert ranks_of(4).run(calls) == [[0, 1, 2, 3]] * 4
+
+
 def test_one_call_at_a_time(ranks_of):
     ranks = ranks_of(4)
     with ranks._lock, pytest.raises(RuntimeError, match="busy with another call"):

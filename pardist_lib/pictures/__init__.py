@@ -1,0 +1,13 @@
+"""From plain data to a picture or a widget: no tensors of torch's, no process groups."""
+
+from .collectives import collective, ring_steps
+from .figure import Picture
+from .plots import bars, curves, gradients
+from .processes import process_tree
+from .shards import held, shards
+from .table import Table
+from .timeline import timeline
+from .widgets import Live, contact_sheet, knobs, stepper
+
+__all__ = ["Live", "Picture", "Table", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "knobs",
+           "process_tree", "ring_steps", "shards", "stepper", "timeline"]

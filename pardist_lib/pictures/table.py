@@ -1,0 +1,60 @@
+"""A table that shows itself: HTML in a notebook, aligned columns in a terminal."""
+
+from html import escape
+from numbers import Integral, Real
+
+
+class Table:
+    """Rows of data with named columns.
+
+    rows: list of dicts; columns in order of first appearance, a missing key is an empty cell.
+    caption: one line above the table.  Raises ValueError where a row is no dict.
+    """
+
+    def __init__(self, rows, caption=""):
+        self.rows = list(rows)
+        if not all(isinstance(row, dict) for row in self.rows):
+            raise ValueError("Table: every row must be a dict {column: value}")
+        self.caption = caption
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+
+    def column(self, name):
+        """The values of one column, top to bottom; KeyError for a name that no row has."""
+        if name not in self.columns:
+            raise KeyError(f"no column {name!r}; there are {', '.join(map(str, self.columns))}")
+        return [row.get(name) for row in self.rows]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def _repr_html_(self):
+        head = "".join(f'<th scope="col" style="text-align:{self._side(c)}">{escape(str(c))}</th>'
+                       for c in self.columns)
+        body = "".join("<tr>" + "".join(f'<td style="text-align:{self._side(c)}">{escape(cell(row.get(c)))}</td>'
+                                        for c in self.columns) + "</tr>" for row in self.rows)
+        caption = f'<caption style="text-align:left">{escape(self.caption)}</caption>' if self.caption else ""
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def __repr__(self):
+        grid = [[str(c) for c in self.columns]] + [[cell(row.get(c)) for c in self.columns] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+        sides = [str.rjust if self._side(c) == "right" else str.ljust for c in self.columns]
+        lines = ["  ".join(side(text, width) for side, text, width in zip(sides, line, widths, strict=True)).rstrip()
+                 for line in grid]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        return "\n".join(([self.caption] if self.caption else []) + lines)
+
+    def _side(self, name):
+        values = [row[name] for row in self.rows if row.get(name) is not None]
+        return "right" if values and all(isinstance(v, Real) and not isinstance(v, bool) for v in values) else "left"
+
+
+def cell(value):
+    """One value as text: whole numbers with thousands, other numbers to four significant digits."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Integral):
+        return f"{int(value):,}"
+    return f"{float(value):.4g}" if isinstance(value, Real) else str(value)

@@ -1,0 +1,88 @@
+"""One of each picture, with data whose numbers the tests know."""
+
+import numpy as np
+
+from pardist_lib import pictures
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def ring_states(world):
+    """Contributor sets of a ring all-reduce after every step, [step][rank][chunk]."""
+    state = [[{rank} for _ in range(world)] for rank in range(world)]
+    states = [state]
+    for step in range(2 * (world - 1)):
+        new = [list(row) for row in state]
+        for rank in range(world):
+            gather = step >= world - 1
+            chunk = (rank - step + gather * world) % world if not gather else (rank + 1 - (step - world + 1)) % world
+            there = set() if gather else state[(rank + 1) % world][chunk]
+            new[(rank + 1) % world][chunk] = state[rank][chunk] | there
+        state = new
+        states.append(state)
+    return states
+
+
+def event(rank, kind, name, start, end, size=0, peer=None):
+    return {"rank": rank, "kind": kind, "name": name, "start": start, "end": end, "bytes": size, "peer": peer}
+
+
+def step_events(world=4):
+    """A backward pass of 9 ms with three all-reduces of 1,572,864 bytes that overlap it, in seconds from 5.0."""
+    events = []
+    for rank in range(world):
+        events.append(event(rank, "compute", "backward", 5.0, 5.009))
+        events += [event(rank, "communication", "all_reduce", 5.002 + 0.002 * i, 5.006 + 0.002 * i, 1_572_864)
+                   for i in range(3)]
+    return events
+
+
+def ring_events(world=4):
+    return [e for rank in range(world) for e in (
+        event(rank, "communication", "send", 0.001, 0.002, 400, (rank + 1) % world),
+        event(rank, "communication", "recv", 0.001, 0.003, 400, (rank - 1) % world))]
+
+
+def processes(world=4):
+    rows = [{"pid": 100, "parent": 1, "what": "kernel", "threads": 9},
+            {"pid": 200, "parent": 100, "what": "torchrun agent", "threads": 3},
+            {"pid": 300, "parent": 100, "what": "host", "threads": 1}]
+    for rank in range(world):
+        rows.append({"pid": 210 + rank, "parent": 200, "what": "worker", "rank": rank, "threads": 1})
+        rows.append({"pid": 310 + rank, "parent": 300, "what": "rank", "rank": rank, "threads": 2})
+    return rows
+
+
+LOSS = [2.5, 1.25, 0.75, 0.5]
+OWN = [[f"{letter}{rank}" for letter in "abcd"] for rank in range(4)]
+SUMS = ["+".join(f"{letter}{rank}" for rank in range(4)) for letter in "abcd"]
+
+EXAMPLES = {
+    "shards in rows": lambda: pictures.shards(np.split(np.arange(32).reshape(8, 4), 4), title="weight"),
+    "shards in columns": lambda: pictures.shards(np.split(np.arange(32).reshape(8, 4), 4, axis=1), dim=1),
+    "uneven shards": lambda: pictures.shards([np.arange(3) / 3, np.arange(0), np.arange(2)], title="uneven"),
+    "big shards": lambda: pictures.shards(np.array_split(random(1797, 64), 8), title="digits"),
+    "owners": lambda: pictures.shards((6, 4), [[0], [0], [1], [1], [2], [11]], title="owners"),
+    "owners of values": lambda: pictures.shards(np.arange(24).reshape(6, 4), np.arange(24).reshape(6, 4) % 9),
+    "mesh": lambda: pictures.shards((1024, 512), np.kron([[0, 1], [2, 3]], np.ones((512, 256), int))),
+    "held": lambda: pictures.held({"weight": [random(128, 64)] * 4, "bias": [[0.5, 1.5, 2]] * 4,
+                                   "rest": [[[1, 2], [3, 4]], None, None, None]}, came_from={"bias": [0] * 4}),
+    "all-reduce": lambda: pictures.collective("all_reduce", OWN, [SUMS] * 4),
+    "all-gather of eight": lambda: pictures.collective(
+        "all_gather", [[f"a{r}"] for r in range(8)], [[f"a{r}" for r in range(8)]] * 8),
+    "scatter": lambda: pictures.collective("scatter", [OWN[0], None, None, None], [[c] for c in OWN[0]]),
+    "ring": lambda: pictures.ring_steps(ring_states(4)[2:4])[1],
+    "gradients": lambda: pictures.gradients([random(10, 64, seed=s) for s in range(4)], [np.ones((10, 64))] * 4,
+                                            title="gradient of 2.weight"),
+    "bias gradients": lambda: pictures.gradients([random(4, seed=s) for s in range(8)]),
+    "curves": lambda: pictures.curves({"one process": LOSS, "four ranks": [*LOSS[:3], 0.5 + 3e-8]}, difference=True),
+    "many curves": lambda: pictures.curves({f"a fairly long label {i}": np.add(LOSS, i) for i in range(6)}, log=True),
+    "bars": lambda: pictures.bars({"all_reduce": [3_000_000] * 4, "broadcast": [1_000_000, 0, 0, 0]},
+                                  {"all_reduce": 3_000_000, "broadcast": [1_000_000, 0, 0, 0]}, title="sent"),
+    "timeline": lambda: pictures.timeline(step_events()),
+    "ring timeline": lambda: pictures.timeline(ring_events()),
+    "process tree": lambda: pictures.process_tree(processes(8)),
+    "contact sheet": lambda: pictures.contact_sheet(pictures.ring_steps(ring_states(3))),
+}

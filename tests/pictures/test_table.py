@@ -1,0 +1,31 @@
+import pytest
+
+from pardist_lib.pictures import Table
+
+
+def test_text_and_html_have_every_value():
+    table = Table([{"rank": 0, "bytes": 1572864, "ms": 0.123456}, {"rank": 1, "note": "<late>"}], "traffic")
+    assert repr(table) == "\n".join([
+        "traffic",
+        "rank      bytes      ms  note",
+        "────  ─────────  ──────  ──────",
+        "   0  1,572,864  0.1235",
+        "   1                     <late>"])
+    html = table._repr_html_()
+    assert "1,572,864" in html and "&lt;late&gt;" in html and "<late>" not in html and "traffic" in html
+
+
+def test_column():
+    table = Table([{"a": 1}, {"b": 2}])
+    assert table.column("a") == [1, None] and len(table) == 2
+    with pytest.raises(KeyError, match="there are a, b"):
+        table.column("c")
+
+
+def test_rows_must_be_dicts():
+    with pytest.raises(ValueError, match="dict"):
+        Table([(1, 2)])
+
+
+def test_an_empty_table_shows_itself():
+    assert "<table>" in Table([])._repr_html_() and repr(Table([], "nothing")).startswith("nothing")
