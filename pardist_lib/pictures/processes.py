@@ -8,6 +8,8 @@ from . import palette
 from .figure import WIDTH, Picture, fit, heading, paint, sheet, text_width
 from .values import count, listed
 
+LINE = 0.46  # inches from one process to the one below
+
 
 def process_tree(rows, *, title="processes"):
     """Processes as boxes from left to right, each behind the one that started it, ranks in their colours.
@@ -40,15 +42,15 @@ def process_tree(rows, *, title="processes"):
         heading(axes, title, "each was started by the one to its left")
         for row in rows:
             depth, line = places[row["pid"]]
-            x, y = 0.2 + depth * column, 0.66 + line * 0.36
+            x, y = 0.2 + depth * column, 0.7 + line * LINE
             for child in children[row["pid"]]:
-                bend, end = x + box + (column - box) / 2, 0.66 + places[child["pid"]][1] * 0.36
+                bend, end = x + box + (column - box) / 2, 0.7 + places[child["pid"]][1] * LINE
                 axes.plot([x + box, bend, bend, x + column], [y, y, end, end], color=palette.MUTED, lw=1.1, zorder=0)
             _box(axes, row, x, y, box)
 
     rows_for_table = [{"pid": str(row["pid"]), "parent": str(row["parent"]), "what": row["what"],
                        "rank": row.get("rank"), "threads": row.get("threads")} for row in rows]
-    return Picture(paint((0.2 + deep * column, 0.55 + tall * 0.36), draw), alt, rows_for_table, title,
+    return Picture(paint((0.2 + deep * column, 0.5 + tall * LINE), draw), alt, rows_for_table, title,
                    "\n".join([f"{title} ({len(rows)})", *lines]))
 
 
@@ -73,14 +75,14 @@ def _place(parent, children, depth, top, indent, places, lines):
 
 
 def _box(axes, row, x, y, width):
-    """What it is in bold, rank included; beside it the pid and the number of threads."""
+    """What it is in bold, rank included; below it the pid and the number of threads."""
     fill = palette.NEUTRAL if row.get("rank") is None else palette.rank_colour(row["rank"])
-    axes.add_artist(FancyBboxPatch((x + 0.04, y - 0.1), width - 0.08, 0.2, boxstyle="round,pad=0.04", facecolor=fill,
+    axes.add_artist(FancyBboxPatch((x + 0.04, y - 0.15), width - 0.08, 0.3, boxstyle="round,pad=0.04", facecolor=fill,
                                   edgecolor=palette.INK, linewidth=0.7))
     threads = row.get("threads")
     more = f"pid {row['pid']}" + (f", {threads} thread{'s' * (threads != 1)}" if threads is not None else "")
-    more, small = fit(more, width * 0.5, 7.5)
-    name, big = fit(_name(row), width - 0.36 - text_width(more, small), 8.5, bold=True)
+    more, small = fit(more, width - 0.16, 7.5)
+    name, big = fit(_name(row), width - 0.16, 8.5, bold=True)
     colour = palette.text_on(fill)
-    axes.text(x + 0.08, y, name, size=big, weight="bold", color=colour, va="center")
-    axes.text(x + width - 0.08, y, more, size=small, color=colour, va="center", ha="right")
+    axes.text(x + 0.08, y - 0.075, name, size=big, weight="bold", color=colour, va="center")
+    axes.text(x + 0.08, y + 0.085, more, size=small, color=colour, va="center")

@@ -23,9 +23,9 @@ def process_rows(link):
     host = psutil.Process(link.host.pid)
     names = {
         psutil.Process().pid: "notebook",
-        link.host.pid: "host: imported torch, forks the ranks" if link.fork else "host: starts torchrun",
+        link.host.pid: "host",
         link.torchrun_pid: "torchrun",
-        **{conn.given["pid"]: "torchrun's worker" for conn in link.workers.values()},
+        **{conn.given["pid"]: "worker" for conn in link.workers.values()},
         **{r.pid: "rank" for r in link.ranks},
     }
     numbers = {conn.given["pid"]: r for r, conn in link.workers.items()} | {r.pid: r.number for r in link.ranks}
