@@ -13,6 +13,12 @@ import pytest
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "00_start_here.ipynb"
+CODE_CELLS = """() => {
+    const cells = jupyterapp.shell.currentWidget.content.model.cells;
+    if (jupyterapp.shell.currentWidget.sessionContext.session.kernel.status !== "idle") return [];
+    return Array.from({length: cells.length}, (_, i) => cells.get(i)).filter(c => c.type === "code")
+        .map(c => [c.executionCount, c.outputs.toJSON()]);
+}"""
 
 
 @pytest.fixture
@@ -25,7 +31,7 @@ def lab(tmp_path):
     env = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "PARDIST_LIVE": "1", "HOME": str(tmp_path)}
     env |= {"PARDIST_ANSWERS": str(tmp_path / "answers")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
-    command += ["--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url="]
+    command += ["--LabApp.expose_app_in_browser=True", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url="]
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
     deadline = time.monotonic() + 60
@@ -40,6 +46,7 @@ def lab(tmp_path):
     server.wait(20)
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.skipif(not CHROMIUM and not os.environ.get("CI"), reason="no Chromium on this machine")
 def test_lesson_00_runs_in_jupyterlab(lab, tmp_path):
     from playwright.sync_api import sync_playwright
@@ -50,22 +57,13 @@ def test_lesson_00_runs_in_jupyterlab(lab, tmp_path):
         page = p.chromium.launch(executable_path=CHROMIUM, args=flags).new_page(viewport={"width": 1200, "height": 3000})
         page.goto(lab)
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-        page.click("text=Run >> nth=0")
-        page.click("text=Restart Kernel and Run All Cells")
-        page.click(".jp-Dialog >> text=Restart")
-        done = "document.querySelectorAll('.jp-InputPrompt').length && document.title"
-        began = time.monotonic()
-        while time.monotonic() - began < 180:
+        page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.isReady", timeout=60_000)
+        page.evaluate("() => jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+        page.evaluate("() => { jupyterapp.commands.execute('notebook:run-all-cells'); }")
+        began, saved = time.monotonic(), []
+        while time.monotonic() - began < 240 and not (saved and all(count for count, _ in saved)):
             page.wait_for_timeout(1000)
-            saved = page.evaluate(
-                "() => jupyterapp.shell.currentWidget.content.model.cells.length &&"
-                " Array.from({length: jupyterapp.shell.currentWidget.content.model.cells.length}, (_, i) =>"
-                " jupyterapp.shell.currentWidget.content.model.cells.get(i)).filter(c => c.type === 'code')"
-                ".map(c => [c.executionCount, c.outputs.toJSON()])"
-            ) if page.evaluate("() => typeof jupyterapp !== 'undefined'") else None
-            if saved and time.monotonic() - began > 5 and all(count for count, _ in saved):
-                break
-        assert saved, done
+            saved = page.evaluate(CODE_CELLS)
         counts, outputs = zip(*saved, strict=True)
         assert counts == tuple(range(1, len(counts) + 1))
         kinds = [set(o.get("data", {})) for cell in outputs for o in cell]

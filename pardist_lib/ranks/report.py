@@ -284,7 +284,8 @@ def hang(outcomes, last_calls, behind, seconds, ending):
         cause = "stall"
     elif waiting:
         blame = waiting[0]
-        head = f"{plural(waiting)} wait for each other: a deadlock, no sign of life for {seconds:g} s"
+        each = "wait for each other" if len(waiting) > 1 else "waits for a message that nobody sends"
+        head = f"{plural(waiting)} {each}: a deadlock, no sign of life for {seconds:g} s"
         cause = "deadlock"
     else:
         blame = busy[0]

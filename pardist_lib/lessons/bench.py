@@ -1,0 +1,132 @@
+"""Run an answer on real ranks, and say in one sentence why it did not come back."""
+
+import re
+
+from pardist_lib.ranks import RankError, RankHang, Ranks, session
+from pardist_lib.ranks.output import rendered
+from pardist_lib.ranks.report import folded, plural
+
+from .judge import Wrong
+from .watch import in_world
+
+PATIENCE = 5.0  # seconds without a sign of life after which an answer hangs; right ones take milliseconds
+REPLACED = "The ranks were replaced: names that %%ranks cells had set are gone."
+_started = []
+
+
+class Blocked(Exception):
+    """The check could not be made; the text says what is missing."""
+
+
+def four_ranks():
+    """The newest open Ranks of at least four, or four new ones. Raises Blocked where they cannot be started."""
+    open_ones = [r for r in session._all if r.n >= 4 and r.state in ("ready", "running", "replacing its ranks")]
+    if open_ones:
+        return max(open_ones, key=lambda r: r._link.host.pid)
+    try:
+        _started[:] = [Ranks(4)]
+    except Exception as error:
+        raise Blocked(f"four ranks are needed, and they could not be started: {error}") from None
+    return _started[0]
+
+
+class Bench:
+    """Runs one answer; `printed` is what the ranks printed in the last run."""
+
+    def __init__(self, answer):
+        self.answer, self.ranks, self.printed = answer, four_ranks(), ""
+
+    def __call__(self, fn, *args, n=4, about="", stuck=""):
+        """`fn(answer, *args)` on each rank of a world of n; returns its n results, which are `Seen`.
+
+        n=1 runs in rank 0 alone. about: the case, for the reader. stuck: the diagnosis, where one is known, for
+        ranks that wait for ever or do not make the same calls. Raises Wrong, or Blocked.
+        """
+        on = [0] if n == 1 else None
+        call = (fn, self.answer, *args) if n == 1 else (in_world, n, fn, self.answer, *args)
+        try:
+            seen = self.ranks.run(*call, on=on, quiet=True, timeout=PATIENCE)
+        except TypeError as error:
+            raise Wrong(session._unsendable(self.answer, args, {}, error)) from None
+        except RankError as error:
+            self.printed = self._said()
+            raise self._explained(error, about, stuck) from None
+        except RuntimeError as error:
+            raise Blocked(str(error)) from None
+        self.printed = self._said()
+        seen = seen[:n]
+        refuse(seen)
+        return seen
+
+    def _said(self):
+        spoke = {r: text.splitlines() for r, text in enumerate(self.ranks.output) if text.strip()}
+        lines = rendered(spoke, colour=False).splitlines() if spoke else []
+        cut = [f"… {len(lines) - 20} lines …"] if len(lines) > 20 else []
+        return "\n".join(line[:200] for line in [*lines[:10], *cut, *lines[10:][-10:]])
+
+    def _explained(self, error, about, stuck):
+        head = str(error).splitlines()[0]
+        if error.rank is None:
+            return Blocked(head)
+        if "its process" in head or "was ended by" in head:
+            said = f"{head}, so the others lost a member of their group"
+        elif error.cause == "NotImplementedError":
+            said = f"`raise NotImplementedError` is still reached on {plural([error.rank])}"
+        elif stuck and (isinstance(error, RankHang) or error.cause in ("CollectiveMismatch", "unmatched call")):
+            said = stuck
+        elif isinstance(error, RankHang):
+            said = _waiting(error)
+        elif "should not be the same as the rank of the current process" in error.message:
+            said = f"rank {error.rank} sends to itself or receives from itself, which torch refuses"
+        elif error.cause == "ValueError" and error.message.startswith("there is no rank"):
+            said = f"rank {error.rank} sends to or receives from a rank that does not exist: {error.message}"
+        elif "of type torch.Tensor" in error.message or "'NoneType'" in error.message:
+            said = f"{head} (something is None there?)"
+        else:
+            said = head
+        note = REPLACED if "fresh set" in str(error) else ""
+        doing = folded(error.where).replace("; ", "\n") if isinstance(error, RankHang) else ""
+        return Wrong(said, ", ".join(filter(None, [_spot(error), about])), got=doing, note=note)
+
+
+def refuse(seen):
+    """Raise `Wrong` where an answer calls the course's own solution, or where its calls cannot be judged."""
+    for rank, one in enumerate(seen):
+        if one.reference:
+            raise Wrong(f"it calls the course's own `{one.reference}`: write it yourself", f"rank {rank}")
+        if one.torchs:
+            pickles = ", which pickles what it sends" if "object" in one.torchs else ""
+            raise Wrong(f"it calls torch's own {one.torchs}{pickles}", f"rank {rank}")
+        if one.hidden:
+            raise Wrong("it communicates from another thread, where the check cannot see it", f"rank {rank}")
+        if one.unwaited:
+            many = f"{one.unwaited} of its {len(one.calls)} calls"
+            raise Wrong(
+                f"{many} (isend, irecv or async_op=True) {'was' if one.unwaited == 1 else 'were'} never waited for: "
+                "until wait() returns, a tensor is neither received nor free to change",
+                f"rank {rank}",
+            )
+
+
+def _waiting(error):
+    """A deadlock in one sentence."""
+    ops = [re.match(r"was in (send|recv)\(.*, ((?:to|from) rank \d+)\)", text) for text in error.where]
+    kinds = {op[1] for op in ops if op} if all(ops) else set()
+    if kinds == {"send"}:
+        return "every rank is in send, which returns when the other side receives: nobody gets to receive"
+    if kinds == {"recv"}:
+        return "every rank waits in recv, and what it waits for is never sent"
+    if error.cause == "deadlock" and any(ops):
+        who = ", ".join(f"rank {r} is in {op[1]} {op[2]}" for r, op in enumerate(ops) if op)
+        return f"a deadlock, nobody does what the others wait for: {who}"
+    if error.cause == "stall" and not any("was in" in text for text in error.where):
+        return f"it does not come back: {folded(error.where)}"
+    return str(error).splitlines()[0]
+
+
+def _spot(error):
+    """`In[3], line 7: dist.send(tensor, right)`"""
+    if error.cell is None:
+        return ""
+    source = re.search(rf"{re.escape(error.cell)}, line {error.line}, in .*\n +(.+)", error.details)
+    return f"{error.cell}, line {error.line}" + (f": {source[1]}" if source else "")

@@ -1,0 +1,204 @@
+"""On a rank: call an answer and note what it does: each message, what it waits for, whose functions it uses.
+
+Three things watch while the answer runs, all taken away afterwards. A dispatch mode sees every call that reaches
+torch's communication operators, by whatever name it was made (torch.distributed, functional collectives, object
+collectives). `Work.wait` notes which messages were waited for. A profile function sees whose code is entered.
+"""
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Work, distributed_c10d
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_HERE = Path(__file__).parent
+_REFERENCE = (f"{_HERE.parent / 'mechanisms'}/", f"{_HERE.parent / 'measure'}/", f"{_HERE}/solutions")
+_TORCH = f"{Path(dist.__file__).parent}/"
+_DDP = f"{Path(torch.__file__).parent}/nn/parallel/distributed.py"
+
+
+@dataclass
+class Call:
+    """One communication: `op` is send, recv, all_reduce …; `bytes` what it was given; `peer` of a send or recv."""
+
+    op: str
+    bytes: int
+    peer: int | None = None
+
+
+@dataclass
+class Seen:
+    """What an answer did on one rank."""
+
+    result: object = None
+    calls: list[Call] = field(default_factory=list)
+    unwaited: int = 0  # asynchronous calls whose wait() was never called
+    hidden: int = 0  # calls made where the check does not look: in another thread
+    torchs: str = ""  # something of torch's that does it all, if it was called: DDP, a collective that pickles
+    reference: str = ""  # a function of this course that was called
+    kept: dict = field(default_factory=dict)  # what the exercise wants to look at besides
+
+
+@dataclass(frozen=True)
+class Other:
+    """Stands for a result that no exercise asks for, and that perhaps could not travel."""
+
+    type: str
+
+
+class _Noting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls, self.works = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        space, _, name = function._schema.name.partition("::")
+        peer = args[2] if name in ("send", "recv_") else None
+        if peer is not None and not 0 <= peer < dist.get_world_size():
+            raise ValueError(f"there is no rank {peer}")  # gloo would wait for it
+        result = function(*args, **(kwargs or {}))
+        if space == "c10d":
+            self.calls.append(Call(_op(name), _bytes(args[0]), peer))
+            self.works.append(result)
+        elif space in ("_c10d_functional", "c10d_functional") and not name.startswith("_") and name != "wait_tensor":
+            self.calls.append(Call(_op(name), _bytes(args[0])))
+        return result
+
+
+def _op(name):
+    """torch.distributed's name of what its C++ code calls `_allgather_base_` and the like."""
+    short = name.strip("_")
+    for start, op in _SPELLINGS.items():
+        if short.startswith(start):
+            return op
+    return short  # broadcast, reduce, reduce_scatter, gather, scatter, barrier, send
+
+
+_SPELLINGS = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "alltoall": "all_to_all",
+    "reduce_scatter": "reduce_scatter",
+    "recv": "recv",
+}
+
+
+def _bytes(tensors):
+    if isinstance(tensors, torch.Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(map(_bytes, tensors)) if isinstance(tensors, (list, tuple)) else 0
+
+
+def watched(answer, *args, **kwargs):
+    """Call `answer(*args, **kwargs)` on this rank and return what was seen. What it raises passes through."""
+    noting, waited, seen, plain_wait = _Noting(), {}, Seen(), Work.wait
+    _under_way[:] = [noting.works]  # a Work that is dropped takes its message along: kept until the next call
+
+    def wait(work, *args, **kwargs):
+        waited[id(work)] = work  # kept, so that its id stays its own
+        return plain_wait(work, *args, **kwargs)
+
+    def notice(frame, event, _):
+        if event == "call":
+            code = frame.f_code
+            if code.co_filename.startswith(_REFERENCE):
+                seen.reference = seen.reference or _called(frame)
+            elif "object" in code.co_name and code.co_filename.startswith(_TORCH):
+                seen.torchs = seen.torchs or code.co_name.strip("_")
+            elif code.co_filename == _DDP:
+                seen.torchs = "DistributedDataParallel"
+
+    before = _sequence()
+    Work.wait = wait
+    try:
+        with noting:
+            sys.setprofile(notice)
+            try:
+                result = answer(*args, **kwargs)
+            finally:
+                sys.setprofile(None)
+    finally:
+        Work.wait = plain_wait
+    seen.result, seen.calls = plain(result), noting.calls
+    seen.unwaited = max(0, len(noting.works) - len(waited))
+    seen.hidden = max(0, _sequence() - before - len(noting.calls))
+    return seen
+
+
+_under_way = []
+
+
+def _called(frame):
+    """The name of a function that was entered; "" while its file is only being imported."""
+    name = frame.f_code.co_name
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.startswith(_REFERENCE):
+            return ""
+        frame = frame.f_back
+    return name
+
+
+def _sequence():
+    """How many communications torch has counted on this rank, in all its groups."""
+    if not dist.is_initialized():
+        return 0
+    return sum(group._get_sequence_number_for_group() for group in list(distributed_c10d._world.pg_map))
+
+
+def plain(value, depth=3):
+    """`value` where it is something that an exercise can ask for, else an `Other` with the name of its type."""
+    if isinstance(value, torch.Tensor):
+        ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
+        return value.detach().cpu().clone() if ordinary and not value.is_meta else Other(type(value).__name__)
+    if isinstance(value, (NoneType, bool, int, float, range, slice, str)):
+        return value if not isinstance(value, str) else value[:200]
+    if type(value) in (list, tuple) and depth and len(value) <= 1000:
+        return type(value)(plain(v, depth - 1) for v in value)
+    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # a number of NumPy's
+        return plain(value.item(), 0)
+    return Other(type(value).__name__)
+
+
+# ---- smaller worlds on the same ranks -------------------------------------------------------------------------
+
+_groups = {}
+
+
+def group_of(members):
+    """A group of these ranks, made once. Every rank has to call it."""
+    members = tuple(members)
+    if members not in _groups:
+        _groups[members] = dist.new_group(list(members))
+    return _groups[members]
+
+
+@contextmanager
+def world(n):
+    """Inside, ranks 0 to n-1 are all there are: an answer cannot tell it from a torchrun of n ranks.
+
+    Yields whether this rank is one of them.
+    """
+    whole = distributed_c10d._get_default_group()
+    if n == whole.size():
+        yield True
+        return
+    smaller = group_of(range(n))
+    if whole.rank() >= n:
+        yield False
+        return
+    distributed_c10d._update_default_pg(smaller)
+    try:
+        yield True
+    finally:
+        distributed_c10d._update_default_pg(whole)
+
+
+def in_world(n, fn, *args):
+    """`fn(*args)` in a world of n ranks; None on the ranks outside."""
+    with world(n) as inside:
+        return fn(*args) if inside else None

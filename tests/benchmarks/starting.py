@@ -1,0 +1,172 @@
+"""Starting ranks, calling them, getting large results back, replacing them, their memory: against torchrun itself,
+accelerate's notebook_launcher and ipyparallel's %%px."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import psutil
+import torch
+
+from pardist_lib import RankError, Ranks
+
+from .paired import interleave, paired_ratio
+
+JOIN = """
+import torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+dist.destroy_process_group()
+"""
+LAUNCHER = """
+import sys, time
+from accelerate import notebook_launcher
+def nothing(): pass
+for line in sys.stdin:
+    began = time.perf_counter()
+    notebook_launcher(nothing, num_processes=4)
+    print("took", time.perf_counter() - began, flush=True)
+"""
+
+
+def rows(pairs=30):
+    """One dict for each figure: name, ranks, median, low, high, unit, target."""
+    return [*start(pairs), *calls(pairs), *large_results(pairs), replacement(pairs), *memory()]
+
+
+def timed(fn, *args):
+    began = time.perf_counter()
+    fn(*args)
+    return time.perf_counter() - began
+
+
+def ratio(name, ranks, a_times, b_times, target):
+    median, low, high = paired_ratio(a_times, b_times)
+    return {"name": name, "ranks": ranks, "median": median, "low": low, "high": high, "unit": "×", "target": target}
+
+
+def start(pairs):
+    with tempfile.TemporaryDirectory() as folder:
+        script = os.path.join(folder, "join.py")
+        with open(script, "w") as file:
+            file.write(JOIN)
+        env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", script]
+
+        def bare():
+            return timed(lambda: subprocess.run(command, env=env, check=True, capture_output=True))
+
+        def ours(n):
+            with Ranks(n) as ranks:
+                return ranks.start_seconds
+
+        a, b = interleave(lambda: ours(4), bare, pairs)
+        yield ratio("first start of Ranks(4), everything imported / bare torchrun of a script that joins", 4, a, b, "≤ 0.6")
+        a, b = interleave(lambda: ours(8), lambda: ours(4), pairs)
+        yield ratio("first start of Ranks(8) / of Ranks(4)", 8, a, b, "hardly above 1")
+
+
+def calls(pairs):
+    with Ranks(4) as ranks:
+        ranks.run(int, quiet=True)
+
+        def ours():
+            return timed(ranks.run, int)
+
+        alone = sorted(ours() for _ in range(200))
+        yield {
+            "name": "warm ranks.run of an empty function", "ranks": 4, "median": alone[100] * 1e3, "low": alone[5] * 1e3,
+            "high": alone[194] * 1e3, "unit": "ms", "target": "≤ 5",
+        }  # fmt: skip
+        if importlib.util.find_spec("accelerate"):
+            launcher = subprocess.Popen(
+                [sys.executable, "-c", LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+            def theirs():
+                launcher.stdin.write("go\n")
+                launcher.stdin.flush()
+                while not (line := launcher.stdout.readline()).startswith("took"):
+                    pass
+                return float(line.split()[1])
+
+            theirs()
+            a, b = interleave(ours, theirs, pairs)
+            launcher.kill()
+            yield ratio("warm ranks.run / accelerate.notebook_launcher", 4, a, b, "≤ 0.05")
+        if importlib.util.find_spec("ipyparallel"):
+            import ipyparallel
+
+            with ipyparallel.Cluster(n=4, log_level=40) as client:
+                view = client[:]
+                view.execute("pass", block=True)
+                a, b = interleave(ours, lambda: timed(lambda: view.execute("pass", block=True)), pairs)
+            yield ratio("warm ranks.run / ipyparallel's %%px", 4, a, b, "≤ 0.2")
+
+
+def large_results(pairs):
+    x = torch.randn(16 << 20)  # 64 MB
+    for n in (1, 4):
+        with Ranks(n) as ranks:
+            ranks.run_cell("import torch; big = torch.randn(16 << 20)")
+            ranks.pull("big")
+
+            def ours(ranks=ranks):
+                return timed(ranks.pull, "big")
+
+            a, b = interleave(ours, lambda: timed(x.clone), pairs)
+        yield ratio(f"getting a 64 MB tensor from each of {n} rank(s) / copying one", n, a, [n * t for t in b], "≤ 3")
+
+
+def replacement(pairs):
+    seconds = []
+    with Ranks(4) as ranks:
+        for _ in range(pairs):
+            try:
+                ranks.run(os.kill, os.getpid(), 0)
+                pid = ranks.run(os.getpid)[1]
+                os.kill(pid, signal.SIGKILL)
+                ranks.run(int)
+            except RankError:
+                pass
+            seconds.append(timed(ranks.run, int))
+    seconds.sort()
+    return {
+        "name": "next run after a rank was killed", "ranks": 4, "median": seconds[pairs // 2], "low": seconds[0],
+        "high": seconds[-1], "unit": "s", "target": "≤ 1",
+    }  # fmt: skip
+
+
+NOTEBOOK = """
+import torch, torch.nn as nn, torch.distributed as dist
+from pardist_lib import Ranks
+ranks = Ranks({n})
+def step():
+    from torch.nn.parallel import DistributedDataParallel as DDP
+    model = DDP(nn.Linear(64, 10))
+    for _ in range(3):
+        model(torch.randn(32, 64)).sum().backward()
+ranks.run(step)
+"""
+
+
+def memory():
+    """Proportional set size of a real kernel and all it started, after a DDP step."""
+    from jupyter_client.manager import start_new_kernel
+
+    for n, target in ((4, "< 900"), (8, "< 1000")):
+        manager, client = start_new_kernel()
+        client.execute_interactive(NOTEBOOK.format(n=n), timeout=120, output_hook=lambda _: None)
+        kernel = psutil.Process(manager.provisioner.pid)
+        pss = sum(p.memory_full_info().pss for p in [kernel, *kernel.children(recursive=True)]) / 1e6
+        client.stop_channels()
+        manager.shutdown_kernel()
+        yield {
+            "name": "memory (PSS) of kernel, torchrun, host and ranks", "ranks": n, "median": pss, "low": pss, "high": pss,
+            "unit": "MB", "target": target,
+        }  # fmt: skip

@@ -1,0 +1,390 @@
+"""Wrong answers to the exercises of lesson 00, as people really write them."""
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from planted import mistake
+
+# ---- shard_rows -----------------------------------------------------------------------------------------------
+
+
+@mistake("shard_rows", "rows 8 to 9 belong to no rank: n // world_size rows each leave the remainder out")
+def drops_the_remainder(n, rank, world_size):
+    each = n // world_size
+    return range(rank * each, (rank + 1) * each)
+
+
+@mistake("shard_rows", "every rank but the last rounds up")
+def rounds_up(n, rank, world_size):
+    each = -(-n // world_size)
+    return range(min(n, rank * each), min(n, (rank + 1) * each))
+
+
+@mistake("shard_rows", "there is no row 10: the last shard runs over the end of 10 rows")
+def runs_over_the_end(n, rank, world_size):
+    each = -(-n // world_size)
+    return range(rank * each, (rank + 1) * each)
+
+
+@mistake("shard_rows", "the last rank takes all that is left over")
+def last_takes_the_rest(n, rank, world_size):
+    each = n // world_size
+    return range(rank * each, n if rank == world_size - 1 else (rank + 1) * each)
+
+
+@mistake("shard_rows", "row 2 belongs to ranks 0, 1: a range's stop is not part of it")
+def stop_belongs_to_it(n, rank, world_size):
+    return range(n * rank // world_size, min(n, n * (rank + 1) // world_size + 1))
+
+
+@mistake("shard_rows", "every rank gets the same rows: rank is not used")
+def same_rows_for_all(n, rank, world_size):
+    return range(n // world_size)
+
+
+@mistake("shard_rows", "(int): a range is asked for")
+def how_many(n, rank, world_size):
+    return n // world_size + (rank < n % world_size)
+
+
+@mistake("shard_rows", "(tuple): a range is asked for")
+def start_and_stop(n, rank, world_size):
+    return n * rank // world_size, n * (rank + 1) // world_size
+
+
+@mistake("shard_rows", "belongs to ranks 0, 1")
+def forgets_that_later_ones_move_on(n, rank, world_size):
+    each, left = divmod(n, world_size)
+    return range(rank * each, (rank + 1) * each + (rank < left))
+
+
+# ---- average_gradients ----------------------------------------------------------------------------------------
+
+
+@mistake("average_gradients", "was not divided by 4, the number of ranks: every element is 4 times too large")
+def forgot_to_divide(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+
+
+@mistake("average_gradients", "the sum was divided by 3, not by the number of ranks, 4")
+def divides_by_its_rows(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= 3
+
+
+@mistake("average_gradients", "the weights have changed")
+def averages_the_weights(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.data, group=group)
+            p.data /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "only fc1.weight is averaged, fc1.bias still holds each rank's own gradient")
+def only_the_first(model, group=None):
+    p = next(model.parameters())
+    dist.all_reduce(p.grad, group=group)
+    p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "it broadcasts one rank's gradients")
+def broadcasts_rank_0(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.broadcast(p.grad, 0, group=group)
+
+
+@mistake("average_gradients", "it takes the MAX over the ranks")
+def takes_the_largest(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, dist.ReduceOp.MAX, group=group)
+
+
+@mistake("average_gradients", "divided twice by 4")
+def divides_before_and_after(model, group=None):
+    n = dist.get_world_size(group)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad /= n
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= n
+
+
+@mistake("average_gradients", "an average was made but never reached p.grad")
+def averages_a_copy(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            g = p.grad.clone()
+            dist.all_reduce(g, group=group)
+            g /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "nothing was exchanged")
+def does_nothing(model, group=None):
+    return None
+
+
+@mistake("average_gradients", "divided by the number of all ranks, 4, where the group has 2")
+def divides_by_the_whole_world(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size()
+
+
+@mistake("average_gradients", "the group argument is ignored: this is the mean over all ranks")
+def ignores_the_group(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
+@mistake("average_gradients", "the group argument is ignored in all_reduce")
+def ignores_the_group_in_the_sum(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "frozen.weight had no gradient on any rank (it is frozen) and now has one")
+def fills_with_zeros(model, group=None):
+    for p in model.parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "(something is None there?)")
+def no_thought_of_none(model, group=None):
+    for p in model.parameters():
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "never waited for")
+def does_not_wait(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group, async_op=True)
+            p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "it calls reduce, which brings the sum to one rank only")
+def reduces_to_rank_0(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.reduce(p.grad, 0, group=group)
+            p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "it calls all_gather")
+def gathers_everything(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            everyone = [torch.empty_like(p.grad) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(everyone, p.grad, group=group)
+            p.grad = torch.stack(everyone).mean(0)
+
+
+@mistake("average_gradients", "a weight that two layers share comes up twice")
+def twice_for_the_tied_weight(model, group=None):
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            if p.grad is not None:
+                dist.all_reduce(p.grad, group=group)
+                p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "calls for 7 gradients")
+def element_by_element(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            for row in p.grad:
+                dist.all_reduce(row, group=group)
+            p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "only fc1.weight, fc1.bias … is averaged, extra.weight still holds")
+def stops_at_the_first_none(model, group=None):
+    for p in model.parameters():
+        if p.grad is None:
+            break
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "no element of the gradient of fc1.weight is right")
+def adds_noise(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad = p.grad / dist.get_world_size(group) + 0.01
+
+
+@mistake("average_gradients", "through float32")
+def sends_half_the_digits(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            g = p.grad.float()
+            dist.all_reduce(g, group=group)
+            p.grad.copy_(g / dist.get_world_size(group))
+
+
+@mistake("average_gradients", "was not divided by 4")
+def divides_on_rank_0_only(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            if dist.get_rank(group) == 0:
+                p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "bytes are all-reduced for")
+def functional_and_too_often(model, group=None):
+    group = group or dist.group.WORLD
+    for p in model.parameters():
+        if p.grad is not None:
+            for _ in range(2):
+                p.grad = functional.all_reduce(p.grad, "avg", group).clone()
+
+
+@mistake("average_gradients", "its gradients are zero here, not None, and count")
+def saves_calls_for_zeros(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None and p.grad.any():
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "fc1.bias holds the beginning of the flat tensor")
+def never_moves_on_in_the_flat_tensor(model, group=None):
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
+    for g in gradients:
+        g.copy_(flat[: g.numel()].view_as(g))
+
+
+@mistake("average_gradients", "steps are the optimizer's")
+def makes_the_step_too(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+            p.data -= 0.01 * p.grad
+
+
+@mistake("average_gradients", "did its values go through 16 bits?")
+def sends_16_bits(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            g = p.grad.half()
+            dist.all_reduce(g, group=group)
+            p.grad.copy_(g / dist.get_world_size(group))
+
+
+@mistake("average_gradients", "it calls torch's own DistributedDataParallel")
+def wraps_it_in_ddp(model, group=None):
+    torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+
+
+# ---- average_used_gradients -----------------------------------------------------------------------------------
+
+
+@mistake("average_used_gradients", "the ranks do not make the same calls: where p.grad is None")
+def skips_none(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_used_gradients", "unused.weight had no gradient on any rank (no rank used it) and now has one")
+def zeros_for_all_that_is_trainable(model, group=None):
+    for p in model.parameters():
+        if p.requires_grad:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_used_gradients", "divided by the number of ranks that used it, 2, not by 4")
+def divides_by_the_users(model, group=None):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    dist.all_reduce(used, group=group)
+    for p, ranks in zip(parameters, used.tolist(), strict=True):
+        if ranks:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= ranks
+
+
+@mistake("average_used_gradients", "no gradient for extra.weight, which another rank used")
+def leaves_none_where_it_was(model, group=None):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    dist.all_reduce(used, group=group)
+    for p, ranks in zip(parameters, used.tolist(), strict=True):
+        if ranks:
+            g = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(g, group=group)
+            g /= dist.get_world_size(group)
+
+
+@mistake("average_used_gradients", "was not divided by 4")
+def flags_right_mean_forgotten(model, group=None):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    dist.all_reduce(used, group=group)
+    for p, ranks in zip(parameters, used.tolist(), strict=True):
+        if ranks:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad, group=group)
+
+
+@mistake("average_used_gradients", "it was zero, which is not the same as None")
+def takes_zero_for_unused(model, group=None):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
+    for p, g in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad = g.view_as(p) if g.any() else None
+
+
+@mistake("average_used_gradients", "it calls all_gather")
+def gathers_flags_as_objects(model, group=None):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flags = [None] * dist.get_world_size(group)
+    dist.all_gather_into_tensor(
+        torch.empty(len(flags) * len(parameters)), torch.tensor([float(p.grad is not None) for p in parameters]), group
+    )
+
+
+@mistake("average_used_gradients", "pickles")
+def agrees_by_objects(model, group=None):
+    flags = [None] * dist.get_world_size(group)
+    dist.all_gather_object(flags, [p.grad is not None for p in model.parameters()], group)
+
+
+@mistake("average_used_gradients", "the ranks do not make the same calls")
+def asks_the_others_in_its_own_group_only(model, group=None):
+    used = [p for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in used])
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
+    for p, g in zip(used, flat.split([p.numel() for p in used]), strict=True):
+        p.grad.copy_(g.view_as(p))
