@@ -62,16 +62,13 @@ from .rooted_collectives import (
 )
 
 __all__ = [
-    "naive_broadcast", "chain_broadcast", "tree_broadcast",
-    "naive_reduce", "tree_reduce",
-    "naive_gather", "tree_gather",
-    "naive_scatter", "tree_scatter",
+    "naive_broadcast", "chain_broadcast", "tree_broadcast", "naive_reduce", "tree_reduce",
+    "naive_gather", "tree_gather", "naive_scatter", "tree_scatter",
     "naive_all_reduce", "tree_all_reduce", "ring_all_reduce",
     "recursive_doubling_all_reduce", "halving_doubling_all_reduce",
     "naive_reduce_scatter", "ring_reduce_scatter",
     "naive_all_gather", "ring_all_gather", "bruck_all_gather",
-    "naive_all_to_all", "pairwise_all_to_all", "bruck_all_to_all",
-    "split_sizes",
+    "naive_all_to_all", "pairwise_all_to_all", "bruck_all_to_all", "split_sizes",
 ]  # fmt: skip
 
 # ---- the ring -------------------------------------------------------------------------------------------------

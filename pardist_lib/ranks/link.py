@@ -106,12 +106,12 @@ class Link:
 
     def close(self):
         """End the ranks, torchrun and everything they opened."""
+        self.door.close()
         for r in self.ranks:
             for conn in (r.calls, r.watch, r.out):
                 self._hang_up(conn)
         for conn in (*self.workers.values(), self.host_conn):
             self._hang_up(conn)
-        self.door.close()
         self.selector.close()
         try:
             self.host.wait(10)  # it ends the ranks and torchrun, then itself

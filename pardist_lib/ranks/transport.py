@@ -9,6 +9,7 @@ Every connection is made over a Unix socket in a private folder and has to answe
 session's key first (`multiprocessing.connection`).
 """
 
+import contextlib
 import io
 import mmap
 import os
@@ -165,7 +166,8 @@ class Door:
             return None
 
     def close(self):
-        self.listener.close()
+        with contextlib.suppress(FileNotFoundError):  # a host that went first has taken the folder along
+            self.listener.close()
 
 
 class _Impatient:
