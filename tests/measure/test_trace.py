@@ -266,7 +266,7 @@ def test_other_threads_are_seen(ranks_of):
 
 def refused_and_unfinished(pending):
     """A send that is refused, a collective that is refused, a good one, and two that nobody waits for."""
-    with suppress(IndexError, RuntimeError):
+    with suppress(ValueError):  # the ledger knows the group
         dist.send(torch.ones(9), group_dst=7)
     with suppress(RuntimeError):
         dist.all_gather([torch.ones(2)], torch.ones(3))
