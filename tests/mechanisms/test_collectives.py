@@ -24,7 +24,7 @@ DTYPES = [
     torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool,
 ]  # fmt: skip
 KINDS = ["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "reduce", "gather", "scatter"]
-NAMES = [name for name in collectives.__all__ if name != "split_sizes"]
+NAMES = [name for name in collectives.__all__ if name != "split_sizes" and not name.endswith("_group")]
 
 
 def kind_of(name):
