@@ -143,7 +143,19 @@ def _failure(ranks, said, code):
         else:
             outcomes[r.number] = ("stopped",)
         r.forget_traceback()
-    nobody = [None] * len(ranks)
+    nobody, ending = [None] * len(ranks), "torchrun stopped the whole program."
     if report.root_cause(outcomes) is None:
         return report.RankError(f"torchrun ended with exit code {code}:\n{said.strip()[-1500:]}", cause="torchrun")
-    return report.failure(outcomes, nobody, [], "torchrun stopped the whole program.")
+    if any(outcome[:2] == ("died", -signal.SIGABRT) and _AT_ITS_END in outcome[3] for outcome in outcomes.values()):
+        ending = f"{_OUTLIVED}\n{ending}"
+    return report.failure(outcomes, nobody, [], ending)
+
+
+# torch 2.13: a gloo thread that wants Python's lock when Python is shutting down takes the process with it. The
+# thread should have ended with its group, but torch.distributed.nn holds the group where that is imported after it.
+_AT_ITS_END = "terminate called without an active exception"
+_OUTLIVED = (
+    "That is how it looks when Python ends before gloo's threads do. The group keeps them alive if torch.distributed.nn "
+    "is imported after init_process_group (an optimizer's first step does it): import it at the top of the program, "
+    "and end the program with dist.destroy_process_group()."
+)

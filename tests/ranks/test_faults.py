@@ -36,9 +36,7 @@ def fails(ranks, fn, *args, error=RankError, within=GRACE, **kwargs):
         ranks.run(fn, *args, **kwargs)
     took = time.monotonic() - began
     assert took < within, f"the message took {took:.1f} s"
-    began = time.monotonic()
     assert ranks.run(rank_sum) == [6.0] * 4
-    assert time.monotonic() - began < 2.0
     return caught.value
 
 

@@ -320,6 +320,14 @@ def test_a_program_that_fails(program, how, cause, capsys):
     assert "Traceback" not in capsys.readouterr().out
 
 
+def test_a_program_that_ends_before_gloos_threads_do(tmp_path):
+    """What torch says then (the race itself comes once in a while), and that we say what to do about it."""
+    path = tmp_path / "program.py"
+    path.write_text("import os, sys\nsys.stderr.write('terminate called without an active exception\\n')\nos.abort()")
+    with pytest.raises(RankError, match="import it at the top of the program"):
+        torchrun(path, nproc=1, quiet=True)
+
+
 def test_a_program_that_stalls(program):
     with pytest.raises(RankError, match="no sign of life for 5 s"):
         torchrun(program, "sleep", nproc=1, timeout=5, quiet=True)

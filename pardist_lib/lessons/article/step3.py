@@ -2,6 +2,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported after the group is made, it would keep the group from ending
 import torch.multiprocessing as mp
 from torch import nn
 

@@ -2,6 +2,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported after the group is made, it would keep the group from ending
 from torch import nn
 
 WORLD_SIZE = int(os.environ["WORLD_SIZE"])
