@@ -1,0 +1,51 @@
+"""A part of a tensor for every rank: how the split layers of this folder take their weights from an ordinary module.
+
+All ranks come with a module of the same shape; the values are those of the group's first rank, so seeds may differ.
+"""
+
+import torch.distributed as dist
+from torch import nn
+
+from .point_to_point import place, split_sizes
+from .rooted_collectives import scatter_along, star
+
+
+def first_ranks_part(whole, dim, group=None):
+    """This rank's part along `dim` of the tensor that the group's first rank has. Sends S minus the first part from
+    there. Every rank gives a tensor of that shape, and only the first one's values count."""
+    rank, n = place(group)
+    if whole.is_meta or n == 1:
+        return whole.detach().tensor_split(n, dim)[rank].clone()
+    first = whole.detach().movedim(dim, 0)
+    part = first.new_empty((split_sizes(len(first), n)[rank], *first.shape[1:]))
+    scatter_along(star, part, first if rank == 0 else None, 0, split_sizes(len(first), n), group)
+    return part.movedim(0, dim).contiguous()
+
+
+def first_ranks_copy(whole, group=None):
+    """The tensor of the group's first rank, as a new one."""
+    copy = whole.detach().clone()
+    if not whole.is_meta and place(group)[1] > 1:
+        dist.broadcast(copy, group_src=0, group=group)
+    return copy
+
+
+def parameter(tensor, like):
+    return nn.Parameter(tensor, requires_grad=like.requires_grad)
+
+
+def place_of(group, who):
+    """(rank, n) as `point_to_point.place`. Raises ValueError, naming `who`, for what is no group of this rank's."""
+    if not (group is None or isinstance(group, dist.ProcessGroup) or group == dist.GroupMember.NON_GROUP_MEMBER):
+        advice = ": its get_group() gives one" if hasattr(group, "get_group") else ", or None for all ranks"
+        raise ValueError(f"{who}: group is a {type(group).__name__}, but has to be a process group{advice}")
+    try:
+        return place(group)
+    except ValueError as error:
+        raise ValueError(f"{who}: {error}") from None
+
+
+def said(module):
+    """A module in one line, for messages."""
+    text = repr(module).split("\n")[0]
+    return text if text.endswith(")") else f"{type(module).__name__}(…)"
