@@ -1,0 +1,252 @@
+"""Parameters laid end to end on one line that is cut in n: what ZeRO's stages share.
+
+A rank's *shard* is its cut of the line; n need not divide it, the first shards may have one element more. A *piece*
+is the part of one parameter that lies in a shard: a flat Parameter, often empty, of which every rank has one for
+each parameter. So an ordinary elementwise optimizer works on pieces as it does on whole parameters, with the same
+names, groups and state, and a parameter without a gradient is skipped on every rank alike.
+
+    line     w w w w w w w w b b b          rank 0 of 2: pieces w[0:6], b[0:0]
+    shards   ────────── │ ────────          rank 1 of 2: pieces w[6:8], b[0:3]
+
+S: bytes of the line. Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+Models" (2020), section 5; flat parameters: Zhao et al., "PyTorch FSDP" (2023), section 3.2.
+"""
+
+from itertools import zip_longest
+
+import torch
+import torch.distributed as dist
+
+from .collectives import ring_all_gather, ring_reduce_scatter, split_sizes
+from .point_to_point import place
+
+
+class FlatShards:
+    """Parameters of one dtype, device and requires_grad on a line; they start as the group's first rank has them.
+
+    The given Parameter objects stay what the module computes with: from now on they are views of `line`. keep_whole:
+    the shard is a view of the line too; else it has its own memory, and `free` can give the line's back.
+    """
+
+    def __init__(self, parameters, names, group=None, keep_whole=True):
+        rank, n = place(group)
+        self.whole, self.names = list(parameters), list(names)
+        self.trainable = self.whole[0].requires_grad
+        self.line = torch.cat([p.detach().flatten() for p in self.whole])
+        if n > 1:
+            dist.broadcast(self.line, dist.get_process_group_ranks(group or dist.group.WORLD)[0], group=group)
+        self.lengths = [p.numel() for p in self.whole]
+        for p, part in zip(self.whole, self.line.split(self.lengths), strict=True):
+            p.data = part.view(p.shape)
+        self.nbytes, self.sizes = self.line.nbytes, split_sizes(len(self.line), n)
+        first = [sum(self.sizes[:r]) for r in range(n + 1)]
+        mine = self.line[first[rank] : first[rank + 1]]
+        self.shard, self.pieces, self.spans = mine if keep_whole else mine.clone(), [], []
+        self.starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+        for p, start, length in zip(self.whole, self.starts, self.lengths, strict=True):
+            cuts = [min(max(f, start), start + length) for f in first]  # where shards begin and end within p
+            begin, end = cuts[rank] - first[rank], cuts[rank + 1] - first[rank]
+            span = slice(begin, end) if begin < end else slice(0)
+            piece = torch.nn.Parameter(self.shard[span], requires_grad=self.trainable)
+            piece.full_shape, piece.start = p.shape, cuts[rank] - start
+            piece.sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]  # every rank's part of p
+            self.spans.append(span)
+            self.pieces.append(piece)
+        self.gradient, self.taken = None, set()
+
+    # ---- the line's memory ------------------------------------------------------------------------------------
+
+    def allocate(self):
+        self.line.untyped_storage().resize_(self.nbytes)
+
+    def free(self):
+        """Give the line's memory back. The parameters, and what autograd has saved of them, stay views of it: they
+        are whole again once it is gathered, and must not be read before."""
+        self.line.untyped_storage().resize_(0)
+
+    # ---- gradients --------------------------------------------------------------------------------------------
+
+    def take(self, i, keep=False):
+        """Copy the gradient of parameter i to its place on the gradient's line; the parameter's own is let go."""
+        gradient = self.whole[i].grad
+        if gradient.layout != torch.strided:
+            raise ValueError(f"the gradient of {self.names[i]} is sparse, and shards are dense: use sparse=False")
+        if self.gradient is None:
+            self.gradient = self.line.new_empty(len(self.line))
+        start, end = self.starts[i], self.starts[i] + self.lengths[i]
+        place_of_it = self.gradient[start:end].view(gradient.shape)
+        place_of_it.add_(gradient) if i in self.taken else place_of_it.copy_(gradient)
+        self.taken.add(i)
+        if not keep:
+            self.whole[i].grad = None
+
+    def gradient_line(self):
+        """The gradient's line, zero where no gradient was taken; the next backward pass begins another one."""
+        line = self.line.new_zeros(len(self.line)) if self.gradient is None else self.gradient
+        for i, part in enumerate(line.split(self.lengths)):
+            if i not in self.taken:
+                part.zero_()
+        self.gradient, self.taken = None, set()
+        return line
+
+    def add_gradient(self, shard, used):
+        """Give the pieces their gradients, those only whose parameter was used; added to what they have already."""
+        for piece, span, anyone in zip(self.pieces, self.spans, used, strict=True):
+            if anyone and piece.grad is None:
+                piece.grad = shard[span]
+            elif anyone:
+                piece.grad += shard[span]
+
+
+# ---- moving a line --------------------------------------------------------------------------------------------
+
+
+def reduce_scatter_line(line, sizes, group=None):
+    """This rank's shard of the mean of all ranks' lines. Sends S minus its own shard, (n − 1)/n·S where n divides."""
+    if dist.get_backend(group) != "nccl":
+        return ring_reduce_scatter(line, dist.ReduceOp.AVG, group=group)
+    out = line.new_empty(sizes[dist.get_rank(group)])
+    if len(set(sizes)) == 1:
+        dist.reduce_scatter_tensor(out, line, dist.ReduceOp.AVG, group)
+    else:
+        dist.reduce_scatter(out, list(line.split(sizes)), dist.ReduceOp.AVG, group)
+    return out
+
+
+def all_gather_line(line, shard, sizes, group=None):
+    """Every rank's shard onto the line. Sends S minus the next rank's shard, (n − 1)/n·S where n divides."""
+    if dist.get_backend(group) != "nccl":
+        ring_all_gather(shard, sizes, line, group)
+    elif len(set(sizes)) == 1:
+        dist.all_gather_into_tensor(line, shard, group)
+    else:
+        dist.all_gather(list(line.split(sizes)), shard, group)
+
+
+# ---- what all ranks must agree on -----------------------------------------------------------------------------
+
+
+def check_parameters(parameters, names, group=None):
+    """Raise ValueError, on every rank, unless all ranks have the same parameters; and where one cannot be sharded."""
+    for p, name in zip(parameters, names, strict=True):
+        if hasattr(p, "full_shape"):
+            raise ValueError(f"{name} is a shard already: a model is wrapped once, before any part of it is wrapped")
+        if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+            raise ValueError(f"{name} has no shape yet: run one batch through the lazy module before sharding it")
+        if p.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device: give it memory first, with to_empty and its initial values"
+            )
+    told = [f"{name}, {str(p.dtype)[6:]} {list(p.shape)}" + ", frozen" * (not p.requires_grad)
+            for p, name in zip(parameters, names, strict=True)]  # fmt: skip
+    everyone = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, told, group)
+    members = dist.get_process_group_ranks(group or dist.group.WORLD)
+    for member, theirs in zip(members, everyone, strict=True):
+        for a, b in zip_longest(everyone[0], theirs, fillvalue="nothing more"):
+            if a != b:
+                raise ValueError(
+                    f"ranks have different parameters: where rank {members[0]} has {a}, rank {member} has {b}. "
+                    "Build the same model on every rank before sharding it"
+                )
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError(
+            "no parameter requires a gradient: there is nothing to train, and a frozen model needs no wrapper"
+        )
+
+
+class UsedParameters:
+    """Which parameters any rank has a gradient for. One that nobody used is to be skipped, not to get zeros, or
+    weight decay and momentum would move it.
+
+    every_step: ranks may differ, and tell each other each time, 4 bytes a parameter in an all-reduce. Else they tell
+    each other once, and ValueError is raised where they differ, or where a rank's own set changes later.
+    """
+
+    def __init__(self, names, every_step, group=None):
+        self.names, self.every_step, self.group, self.known = names, every_step, group, None
+
+    def agree(self, used, device):
+        if self.known is None or self.every_step:
+            counts = torch.tensor(used, dtype=torch.int32, device=device)
+            dist.all_reduce(counts, group=self.group)
+            counts, n = counts.tolist(), dist.get_world_size(self.group)
+            self._refuse([0 < c < n for c in counts], "some ranks have a gradient for {}, others have none")
+            self.known = [c > 0 for c in counts]
+        elif used != self.known:
+            differ = [a != b for a, b in zip(used, self.known, strict=True)]
+            self._refuse(differ, "{} had a gradient in one step and none in another")
+        return self.known
+
+    def _refuse(self, differ, problem):
+        if any(differ) and not self.every_step:
+            name = self.names[differ.index(True)]
+            raise ValueError(f"{problem.format(name)}: pass find_unused_parameters=True, so that ranks ask each other")
+
+
+# ---- norms and state ------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def clip_sharded_grad_norm_(pieces, max_norm, group=None, norm_type=2.0):
+    """As torch.nn.utils.clip_grad_norm_, where the gradients are spread over the ranks; returns the global norm.
+
+    pieces: this rank's parameters, whose gradients are cuts of the whole ones. Sends one number (an all-reduce).
+    """
+    gradients = [p.grad for p in pieces if p.grad is not None]
+    device = next(iter(pieces)).device
+    parts = [torch.linalg.vector_norm(g, norm_type).to(device) for g in gradients if g.numel()]
+    norm = torch.linalg.vector_norm(torch.stack(parts), norm_type) if parts else torch.zeros((), device=device)
+    total = norm.double() if norm_type == float("inf") else norm.double() ** norm_type
+    dist.all_reduce(total, dist.ReduceOp.MAX if norm_type == float("inf") else dist.ReduceOp.SUM, group)
+    total = total if norm_type == float("inf") else total ** (1 / norm_type)
+    for g in gradients:
+        g.mul_((max_norm / (total + 1e-6)).clamp(max=1.0).to(g.device, g.dtype))
+    return total.to(gradients[0].dtype) if gradients else total
+
+
+def gather_piece(tensor, piece, group=None):
+    """The whole of what `tensor` is this rank's piece of: a parameter's values, or a momentum of them."""
+    line = tensor.new_empty(sum(piece.sizes))
+    all_gather_line(line, tensor.detach(), piece.sizes, group)
+    return line.view(piece.full_shape)
+
+
+def cut_piece(whole, piece):
+    """This rank's part of a whole tensor."""
+    return whole.detach().flatten()[piece.start : piece.start + piece.numel()]
+
+
+_SCALARS = {"step", "mu_product", "eta", "mu"}  # state that is one number a parameter, not one an element
+
+
+def full_optimizer_state(optimizer, group=None):
+    """What `state_dict` of the same optimizer would give in one process that has all parameters whole. On every rank;
+    sends each state tensor once round the ring."""
+    state = optimizer.state_dict()
+    for i, piece in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+        for name, value in state["state"].get(i, {}).items():
+            if name not in _SCALARS and hasattr(piece, "full_shape") and isinstance(value, torch.Tensor):
+                state["state"][i] = {**state["state"][i], name: gather_piece(value, piece, group)}
+    return state
+
+
+def load_full_optimizer_state(optimizer, state):
+    """The other way round: a one-process optimizer's `state_dict`, each rank taking its pieces. Sends nothing."""
+    pieces = [p for g in optimizer.param_groups for p in g["params"]]
+    cut = {i: dict(values) for i, values in state["state"].items()}
+    for i, values in cut.items():
+        for name, value in values.items():
+            if name not in _SCALARS and hasattr(pieces[i], "full_shape") and isinstance(value, torch.Tensor):
+                values[name] = cut_piece(value, pieces[i]).clone()
+    optimizer.load_state_dict({**state, "state": cut})
+
+
+def check_origin(state, group=None):
+    """Raise ValueError where a sharded state dict was another rank's, or made in a world of another size."""
+    rank, n = place(group)
+    if (state.get("rank"), state.get("world_size")) != (rank, n):
+        raise ValueError(
+            f"this state dict is the shard of rank {state.get('rank')} of {state.get('world_size')}, here is rank "
+            f"{rank} of {n}: save full_state_dict() to load it into a world of another size"
+        )

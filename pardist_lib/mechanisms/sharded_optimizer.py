@@ -1,0 +1,199 @@
+"""ZeRO stage 1: every rank keeps all parameters, but the optimizer's state of its own shard only.
+
+With S bytes of parameters and n ranks a step is a reduce-scatter of the gradients, the optimizer on one n-th of the
+elements, and an all-gather of the parameters: 2·(n − 1)/n·S sent by each rank, as by one all-reduce of the gradients.
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020), section 5.1.
+"""
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from .flat_shards import (
+    FlatShards,
+    UsedParameters,
+    all_gather_line,
+    check_origin,
+    check_parameters,
+    clip_sharded_grad_norm_,
+    full_optimizer_state,
+    load_full_optimizer_state,
+    reduce_scatter_line,
+)
+from .point_to_point import place
+
+# What these do to one element depends on others: on a line search, on rows and columns, on a matrix's singular
+# vectors, on a layer's norm, on which rows a gradient has.
+NOT_ELEMENTWISE = {
+    "LBFGS", "Adafactor", "Muon", "SparseAdam", "LAMB", "Lamb", "LARS", "Lars", "Shampoo", "DistributedShampoo", "SOAP",
+}  # fmt: skip
+
+
+class ShardedOptimizer(Optimizer):
+    """`optimizer_class` with its state sharded over the ranks of `group` (ZeRO-1).
+
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
+
+    params                  parameters or parameter groups, as any optimizer takes them; the group's first rank gives
+                            its values to all. They become views of a few flat tensors: move the model before this.
+    optimizer_class         any elementwise optimizer: SGD, Adam, AdamW, RMSprop, Adagrad, … ; defaults: its options
+    reduce_gradients        True: `step` averages every rank's own gradients; False: they are averaged already, by
+                            DataParallel or an all-reduce, and `step` only gathers: (n − 1)/n·S
+    find_unused_parameters  True where ranks may have gradients for different parameters (see `UsedParameters`)
+    bucket_mb               longest line that is moved at once: the memory a step takes besides
+
+    Gradients in `.grad` stay each rank's own. Learning-rate schedulers take it as any optimizer. Raises ValueError
+    for an optimizer that is not elementwise, for parameters that differ between ranks (other than in their values),
+    that are shards already, or of which none is trainable; RuntimeError where the model was moved afterwards.
+    """
+
+    def __init__(self, params, optimizer_class, group=None, *, reduce_gradients=True, find_unused_parameters=False,
+                 bucket_mb=25, **defaults):  # fmt: skip
+        if bad := [c.__name__ for c in optimizer_class.__mro__ if c.__name__ in NOT_ELEMENTWISE]:
+            raise ValueError(
+                f"{bad[0]} is not elementwise: its step for one element depends on others, which another rank may "
+                "hold. Use SGD, Adam, AdamW, RMSprop, Adagrad or another elementwise optimizer"
+            )
+        if bucket_mb <= 0:
+            raise ValueError(f"bucket_mb is a number of megabytes above 0, not {bucket_mb}")
+        self.group, self.reduces, self.inner = group, reduce_gradients, None
+        self.find_unused_parameters, self.bucket_bytes = find_unused_parameters, bucket_mb * 2**20
+        self.lines, self.sharded, self.reduced = [], set(), False
+        super().__init__(params, defaults)
+        shards = self._shard([p for g in self.param_groups for p in g["params"]])
+        groups = [{**g, "params": [shards.get(p, p) for p in g["params"]]} for g in self.param_groups]
+        self.inner = optimizer_class(groups, **defaults)
+        self.defaults = self.inner.defaults
+        self._take_settings()
+
+    def _shard(self, parameters):
+        """{parameter: its piece} of the trainable ones, laid on lines of at most a bucket."""
+        names = [f"parameter {i}" for i in range(len(parameters))]
+        check_parameters(parameters, names, self.group)
+        buckets, kinds = [], {}
+        first = dist.get_process_group_ranks(self.group or dist.group.WORLD)[0]
+        for p, name in zip(parameters, names, strict=True):
+            if not p.requires_grad:
+                dist.broadcast(p.detach(), first, self.group)
+            else:
+                kind = p.dtype, p.device
+                bucket = kinds.get(kind)
+                if bucket is None or sum(q.nbytes for q, _ in bucket) + p.nbytes > self.bucket_bytes:
+                    buckets.append(bucket := [])
+                    kinds[kind] = bucket
+                bucket.append((p, name))
+        lines = [FlatShards(*zip(*bucket, strict=True), self.group) for bucket in buckets]
+        self.lines += lines
+        self.used = UsedParameters(
+            [name for line in self.lines for name in line.names], self.find_unused_parameters, self.group
+        )
+        self.sharded |= {p for line in lines for p in line.whole}
+        return {p: piece for line in lines for p, piece in zip(line.whole, line.pieces, strict=True)}
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        if self.inner is not None:
+            group = self.param_groups[-1]
+            shards = self._shard(group["params"])
+            self.inner.add_param_group({**group, "params": [shards.get(p, p) for p in group["params"]]})
+            self._take_settings()
+
+    def _take_settings(self):
+        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            ours.update({k: v for k, v in inner.items() if k != "params"})
+
+    # ---- a step -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Average the gradients, update this rank's shards, gather the parameters. closure: as torch's."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.reduce()
+        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update({k: v for k, v in ours.items() if k != "params"})  # what a scheduler has changed
+        self.inner.step()
+        self._forget()
+        for line in self.lines:
+            all_gather_line(line.line, line.shard, line.sizes, self.group)
+        return loss
+
+    @torch.no_grad()
+    def reduce(self):
+        """The first part of `step` alone: this rank's shard of the mean gradient. `step` does not do it again.
+
+        Sends (n − 1)/n·S where n divides S; nothing with reduce_gradients=False.
+        """
+        if self.reduced:
+            return
+        for line in self.lines:
+            for p, part in zip(line.whole, line.line.split(line.lengths), strict=True):
+                if p.data_ptr() != part.data_ptr():
+                    raise RuntimeError(
+                        "a parameter's memory has been replaced since ShardedOptimizer was made (by model.to(…), or "
+                        "p.data = …): move and change the model first, then make the optimizer"
+                    )
+        if any(p.requires_grad for g in self.param_groups for p in g["params"] if p not in self.sharded):
+            raise RuntimeError("a parameter was unfrozen after ShardedOptimizer was made: set requires_grad before")
+        used = [p.grad is not None for line in self.lines for p in line.whole]
+        anyone = iter(self.used.agree(used, self.lines[0].line.device))
+        for line in self.lines:
+            used = [next(anyone) for _ in line.whole]
+            if any(used):
+                for i, p in enumerate(line.whole):
+                    if p.grad is not None:
+                        line.take(i, keep=True)
+                line.add_gradient(self._shard_of(line.gradient_line(), line), used)
+        self.reduced = True
+
+    def _shard_of(self, gradient, line):
+        if self.reduces:
+            return reduce_scatter_line(gradient, line.sizes, self.group)
+        return gradient.split(line.sizes)[place(self.group)[0]].clone()
+
+    def clip_grad_norm_(self, max_norm, norm_type=2.0):
+        """Clip the averaged gradient to a global norm before `step`; returns that norm, the same on every rank.
+
+        torch.nn.utils.clip_grad_norm_ would see this rank's own gradients only.
+        """
+        self.reduce()
+        pieces = [piece for line in self.lines for piece in line.pieces]
+        return clip_sharded_grad_norm_(pieces, max_norm, self.group, norm_type)
+
+    def _forget(self):
+        self.reduced = False
+        self.inner.zero_grad()
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self._forget()
+
+    # ---- state dicts ------------------------------------------------------------------------------------------
+
+    def state_dict(self):
+        """This rank's shard of the state, with the rank and the world it belongs to. Sends nothing."""
+        rank, n = place(self.group)
+        self._give_settings()
+        return {"rank": rank, "world_size": n, **self.inner.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        """What `state_dict` gave on this rank, in a world of this size; else ValueError."""
+        check_origin(state_dict, self.group)
+        self.inner.load_state_dict({k: v for k, v in state_dict.items() if k not in ("rank", "world_size")})
+        self._take_settings()
+
+    def full_state_dict(self):
+        """The whole state on every rank, as a plain `optimizer_class` would save it. Every rank has to call it."""
+        self._give_settings()
+        return full_optimizer_state(self.inner, self.group)
+
+    def load_full_state_dict(self, state_dict):
+        """A plain optimizer's state dict, or `full_state_dict` of a world of any size. Sends nothing."""
+        load_full_optimizer_state(self.inner, state_dict)
+        self._take_settings()
+
+    def _give_settings(self):
+        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update({k: v for k, v in ours.items() if k != "params"})
