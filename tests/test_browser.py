@@ -31,7 +31,12 @@ def lab(tmp_path):
     env = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config"), "PARDIST_LIVE": "1", "HOME": str(tmp_path)}
     env |= {"PARDIST_ANSWERS": str(tmp_path / "answers")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
-    command += ["--LabApp.expose_app_in_browser=True", "--IdentityProvider.token=", f"--ServerApp.root_dir={tmp_path}", "--LabApp.news_url="]
+    command += [
+        "--LabApp.expose_app_in_browser=True",
+        "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={tmp_path}",
+        "--LabApp.news_url=",
+    ]
     with open(tmp_path / "lab.log", "w") as log:
         server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
     deadline = time.monotonic() + 60
@@ -54,7 +59,9 @@ def test_lesson_00_runs_in_jupyterlab(lab, tmp_path):
     assert CHROMIUM, "CI installs Chromium for this test"
     with sync_playwright() as p:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
-        page = p.chromium.launch(executable_path=CHROMIUM, args=flags).new_page(viewport={"width": 1200, "height": 3000})
+        page = p.chromium.launch(executable_path=CHROMIUM, args=flags).new_page(
+            viewport={"width": 1200, "height": 3000}
+        )
         page.goto(lab)
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.isReady", timeout=60_000)

@@ -40,10 +40,12 @@ def collective(name, before, after, *, came_from=None, note=None):
     room = WIDTH - 0.95 - 0.9 - 0.15
     wide = min(0.85, room / sum(columns))
     right = 0.95 + columns[0] * wide + 0.9
-    rows = [{"rank": r, "before": _said(b), "after": _said(a)}
-            for r, (b, a) in enumerate(zip(before, after, strict=True))]
+    rows = [
+        {"rank": r, "before": _said(b), "after": _said(a)} for r, (b, a) in enumerate(zip(before, after, strict=True))
+    ]
     alt = f"{name} on {count(len(before), 'rank')}{': ' + note if note else ''}. " + " ".join(
-        f"{moment.capitalize()}: {_everyone([row[moment] for row in rows])}." for moment in ("before", "after"))
+        f"{moment.capitalize()}: {_everyone([row[moment] for row in rows])}." for moment in ("before", "after")
+    )
     height = 0.85 + len(before) * (TALL + GAP) + 0.05
 
     def draw(figure):
@@ -52,8 +54,14 @@ def collective(name, before, after, *, came_from=None, note=None):
         write(axes, 0.95 + columns[0] * wide / 2, 0.64, "before", 1.5)
         write(axes, right + columns[1] * wide / 2, 0.64, "after", 1.5)
         middle = 0.85 + len(before) * (TALL + GAP) / 2 - GAP / 2
-        axes.add_artist(FancyArrowPatch((right - 0.75, middle), (right - 0.15, middle), color=palette.INK,
-                                       arrowstyle="simple,head_width=14,head_length=12,tail_width=4"))
+        axes.add_artist(
+            FancyArrowPatch(
+                (right - 0.75, middle),
+                (right - 0.15, middle),
+                color=palette.INK,
+                arrowstyle="simple,head_width=14,head_length=12,tail_width=4",
+            )
+        )
         for rank in range(len(before)):
             y = 0.85 + rank * (TALL + GAP)
             chip(axes, 0.47, y + TALL / 2, rank)
@@ -122,8 +130,16 @@ def _row(axes, chunks, sources, x, y, wide, columns):
             continue
         source = sources[column]
         fill = palette.NEUTRAL if source is None else palette.rank_colour(source)
-        block(axes, x + column * wide, y, wide, TALL, fill, _two_lines(_text(chunk), wide),
-              hatch=palette.rank_hatch(source or 0))
+        block(
+            axes,
+            x + column * wide,
+            y,
+            wide,
+            TALL,
+            fill,
+            _two_lines(_text(chunk), wide),
+            hatch=palette.rank_hatch(source or 0),
+        )
 
 
 def ring_steps(states, *, title="ring all-reduce"):
@@ -135,8 +151,11 @@ def ring_steps(states, *, title="ring all-reduce"):
     Raises ValueError where the steps differ in their number of ranks or chunks.
     """
     states = [[list(row) for row in state] for state in states]
-    if not states or not states[0] or any([len(row) for row in s] != [len(states[0][0])] * len(states[0])
-                                          for s in states):
+    if (
+        not states
+        or not states[0]
+        or any([len(row) for row in s] != [len(states[0][0])] * len(states[0]) for s in states)
+    ):
         raise ValueError("ring_steps: every step needs the same number of ranks, every rank of chunks")
     return [_ring_step(states, step, title) for step in range(len(states))]
 
@@ -195,8 +214,17 @@ def _stripes(axes, value, x, y, wide, tall, changed):
 def _arrow(axes, x, side, rank, world, top, gap, tall):
     """From the rank above; into rank 0, which the last rank sends to, from above the table."""
     y = top + rank * (tall + gap)
-    axes.add_artist(FancyArrowPatch((x, y - gap - 0.02), (x, y + 0.02), color=palette.INK, zorder=5, shrinkA=0,
-                                   shrinkB=0, arrowstyle="simple,head_width=9,head_length=8,tail_width=3"))
+    axes.add_artist(
+        FancyArrowPatch(
+            (x, y - gap - 0.02),
+            (x, y + 0.02),
+            color=palette.INK,
+            zorder=5,
+            shrinkA=0,
+            shrinkB=0,
+            arrowstyle="simple,head_width=9,head_length=8,tail_width=3",
+        )
+    )
     if rank == 0:  # the ring closes along the left side
         bottom = top + world * (tall + gap) - gap / 2 - 0.05
         axes.plot([x, x], [bottom - gap / 2, bottom], color=palette.INK, lw=1.4)

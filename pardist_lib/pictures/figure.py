@@ -25,10 +25,19 @@ WIDTH = 8.0  # inches
 DPI = 144  # pixels drawn per inch …
 SHOWN = 100  # … and pixels shown per inch, so that figures are sharp on dense screens too
 STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 9, "text.parse_math": False, "text.color": palette.INK,
-    "axes.facecolor": palette.PAPER, "axes.edgecolor": palette.LINE, "axes.labelcolor": palette.INK,
-    "axes.spines.top": False, "axes.spines.right": False, "xtick.color": palette.MUTED,
-    "ytick.color": palette.MUTED, "hatch.linewidth": 0.8, "legend.frameon": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": palette.INK,
+    "axes.facecolor": palette.PAPER,
+    "axes.edgecolor": palette.LINE,
+    "axes.labelcolor": palette.INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": palette.MUTED,
+    "ytick.color": palette.MUTED,
+    "hatch.linewidth": 0.8,
+    "legend.frameon": False,
 }
 
 
@@ -80,7 +89,8 @@ def compress(image, most=100_000):
     for colours in (128, 64, 32, 16):
         out = io.BytesIO()
         image.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE).save(
-            out, "png", optimize=True)
+            out, "png", optimize=True
+        )
         if out.tell() <= most:
             break
     return out.getvalue()
@@ -111,14 +121,34 @@ def heading_width(title, note=""):
 
 def block(axes, x, y, width, height, fill, text="", size=9, edge=palette.INK, line=0.8, hatch="", dashed=False):
     """A filled rectangle with text that is made to fit."""
-    axes.add_artist(Rectangle((x, y), width, height, facecolor=fill, edgecolor=edge, linewidth=line,
-                             linestyle=(0, (3, 2)) if dashed else "solid"))
+    axes.add_artist(
+        Rectangle(
+            (x, y),
+            width,
+            height,
+            facecolor=fill,
+            edgecolor=edge,
+            linewidth=line,
+            linestyle=(0, (3, 2)) if dashed else "solid",
+        )
+    )
     if hatch:
-        axes.add_artist(Rectangle((x, y), width, height, fill=False, edgecolor=palette.text_on(fill), linewidth=0,
-                                 hatch=hatch, alpha=0.45))
+        axes.add_artist(
+            Rectangle(
+                (x, y), width, height, fill=False, edgecolor=palette.text_on(fill), linewidth=0, hatch=hatch, alpha=0.45
+            )
+        )
     if text:
-        write(axes, x + width / 2, y + height / 2, text, width - 0.06, size, palette.text_on(fill),
-              back=fill if hatch else None)
+        write(
+            axes,
+            x + width / 2,
+            y + height / 2,
+            text,
+            width - 0.06,
+            size,
+            palette.text_on(fill),
+            back=fill if hatch else None,
+        )
 
 
 def shades(axes, values, x, y, width, height, colours, low, high, most=96):
@@ -130,16 +160,33 @@ def shades(axes, values, x, y, width, height, colours, low, high, most=96):
             starts = np.linspace(0, many, most, endpoint=False).astype(int)
             sizes = np.diff(np.append(starts, many))
             values = np.add.reduceat(values, starts, axis) / np.expand_dims(sizes, 1 - axis)
-    axes.imshow(values, cmap=colours.with_extremes(bad=palette.BLACK), vmin=low, vmax=high, interpolation="nearest",
-                extent=(x, x + width, y + height, y), aspect="auto", zorder=0.5)
+    axes.imshow(
+        values,
+        cmap=colours.with_extremes(bad=palette.BLACK),
+        vmin=low,
+        vmax=high,
+        interpolation="nearest",
+        extent=(x, x + width, y + height, y),
+        aspect="auto",
+        zorder=0.5,
+    )
     axes.set(xlim=(0, axes.figure.get_figwidth()), ylim=(axes.figure.get_figheight(), 0))  # imshow narrows them
 
 
 def write(axes, x, y, text, width, size=9, colour=palette.INK, back=None):
     """Centred text of one or more lines, shrunk and at last shortened until it is `width` inches wide."""
     lines = [fit(line, width, size) for line in str(text).split("\n")]
-    axes.text(x, y, "\n".join(line for line, _ in lines), size=min(s for _, s in lines), color=colour, ha="center",
-              va="center", linespacing=1.25, bbox=back and {"facecolor": back, "edgecolor": "none", "pad": 1.5})
+    axes.text(
+        x,
+        y,
+        "\n".join(line for line, _ in lines),
+        size=min(s for _, s in lines),
+        color=colour,
+        ha="center",
+        va="center",
+        linespacing=1.25,
+        bbox=back and {"facecolor": back, "edgecolor": "none", "pad": 1.5},
+    )
 
 
 def write_left(axes, x, y, text, size=8.5):
@@ -152,8 +199,17 @@ def write_left(axes, x, y, text, size=8.5):
 def chip(axes, x, y, rank, width=0.62, height=0.23):
     """The label 'rank r' in its rank's colour, centred at (x, y)."""
     fill = palette.rank_colour(rank)
-    axes.add_artist(FancyBboxPatch((x - width / 2 + 0.05, y - height / 2 + 0.05), width - 0.1, height - 0.1,
-                                  boxstyle="round,pad=0.05", facecolor=fill, edgecolor=palette.INK, linewidth=0.6))
+    axes.add_artist(
+        FancyBboxPatch(
+            (x - width / 2 + 0.05, y - height / 2 + 0.05),
+            width - 0.1,
+            height - 0.1,
+            boxstyle="round,pad=0.05",
+            facecolor=fill,
+            edgecolor=palette.INK,
+            linewidth=0.6,
+        )
+    )
     write(axes, x, y, f"rank {rank}", width - 0.06, 8.5, palette.text_on(fill))
 
 

@@ -24,18 +24,30 @@ def gradients(before, after=None, *, title="gradient"):
         moments["after"] = per_rank(after, "gradients, after")
     shapes = {None if g is None else g.shape for grads in moments.values() for g in grads}
     if len(shapes) > 1 or None in shapes or len({len(g) for g in moments.values()}) > 1:
-        raise ValueError("gradients: every rank needs one gradient, all of one shape, before and after; got " +
-                         "; ".join(f"{m} {[None if g is None else g.shape for g in gs]}" for m, gs in moments.items()))
+        raise ValueError(
+            "gradients: every rank needs one gradient, all of one shape, before and after; got "
+            + "; ".join(f"{m} {[None if g is None else g.shape for g in gs]}" for m, gs in moments.items())
+        )
     first = moments["before"][0]
     if not first.size:
         raise ValueError("gradients: empty gradients cannot be drawn")
     top = max(float(np.abs(g[np.isfinite(g)]).max(initial=0)) for gs in moments.values() for g in gs) or 1.0
     apart = {m: float(np.ptp(np.stack(grads).astype(float), axis=0).max()) for m, grads in moments.items()}
-    rows = [{"moment": m, "rank": r, "norm": float(np.linalg.norm(g.astype(float))), "smallest": float(g.min()),
-             "largest": float(g.max()), "values": brief(g)}
-            for m, grads in moments.items() for r, g in enumerate(grads)]
+    rows = [
+        {
+            "moment": m,
+            "rank": r,
+            "norm": float(np.linalg.norm(g.astype(float))),
+            "smallest": float(g.min()),
+            "largest": float(g.max()),
+            "values": brief(g),
+        }
+        for m, grads in moments.items()
+        for r, g in enumerate(grads)
+    ]
     alt = f"{title}, shape {shape(first)}, on {count(len(before), 'rank')}. " + " ".join(
-        f"{m.capitalize()} synchronisation ranks differ by up to {number(d)}." for m, d in apart.items())
+        f"{m.capitalize()} synchronisation ranks differ by up to {number(d)}." for m, d in apart.items()
+    )
     wide = (WIDTH - 2.4) / len(before)
     tall = min(1.1, max(0.45, wide * 0.75))
 
@@ -44,8 +56,13 @@ def gradients(before, after=None, *, title="gradient"):
         heading(axes, title, f"shape {shape(first)}, blue is negative, orange positive")
         for i, (moment, grads) in enumerate(moments.items()):
             y = 0.9 + i * (tall + 0.2)
-            axes.text(0.15, y + tall / 2, f"{moment}\nranks differ\nby up to {number(apart[moment])}", va="center",
-                      linespacing=1.35)
+            axes.text(
+                0.15,
+                y + tall / 2,
+                f"{moment}\nranks differ\nby up to {number(apart[moment])}",
+                va="center",
+                linespacing=1.35,
+            )
             for rank, grad in enumerate(grads):
                 x = 1.55 + rank * wide
                 if not i:
@@ -99,22 +116,27 @@ def curves(series, *, difference=False, title="", xlabel="step", ylabel="loss", 
     (first, base), *others = series.items()
     steps = max(len(ys) for ys in series.values())
     rows = [{xlabel: i} | {k: float(ys[i]) if i < len(ys) else None for k, ys in series.items()} for i in range(steps)]
-    alt = f"{title or ylabel} over {count(steps, xlabel)}: " + "; ".join(
-        f"{label} from {number(ys[0])} to {number(ys[-1])}" for label, ys in series.items()) + "."
+    alt = (
+        f"{title or ylabel} over {count(steps, xlabel)}: "
+        + "; ".join(f"{label} from {number(ys[0])} to {number(ys[-1])}" for label, ys in series.items())
+        + "."
+    )
     gaps = {label: np.abs(ys[: len(base)] - base[: len(ys)]) for label, ys in others} if difference else {}
     alt += "".join(f" {label} and {first} {_within(gap)}." for label, gap in gaps.items())
 
     panels = [(series, ylabel)]
     if difference:
         panels.append(({f"|{k} − {first}|": np.where(g > 0, g, np.nan) for k, g in gaps.items()}, "difference"))
-    columns = [max(1, int(7.2 / len(panels) / (0.75 + max(text_width(label, 8.5) for label in drawn))))
-               for drawn, _ in panels]
+    columns = [
+        max(1, int(7.2 / len(panels) / (0.75 + max(text_width(label, 8.5) for label in drawn)))) for drawn, _ in panels
+    ]
     legend = 0.2 * max(math.ceil(len(drawn) / n) for (drawn, _), n in zip(panels, columns, strict=True))
     height = 2.95 + legend  # the legends stand above the axes, where they hide nothing
 
     def draw(figure):
-        grid = figure.add_gridspec(1, len(panels), left=0.085, right=0.975, bottom=0.5 / height, top=2.45 / height,
-                                   wspace=0.28)
+        grid = figure.add_gridspec(
+            1, len(panels), left=0.085, right=0.975, bottom=0.5 / height, top=2.45 / height, wspace=0.28
+        )
         figure.text(0.02, 1 - 0.24 / height, title, size=11, weight="bold", va="center")
         for i, (drawn, name) in enumerate(panels):
             axes = figure.add_subplot(grid[i])
@@ -142,9 +164,19 @@ def _lines(axes, series, skip):
     dashes = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (9, 4)), (0, (2, 4)))
     for i, (label, ys) in enumerate(series.items(), skip):
         every = max(len(ys) // 10, 1)
-        axes.plot(ys, color=palette.LINES[i % 6], lw=max(4.5 - 1.5 * i, 1.3), alpha=1 if i else 0.45, label=label,
-                  ls=dashes[i % 6], marker="osD^vP"[i % 6], ms=5, markevery=(i * every // 3 % len(ys), every),
-                  markeredgecolor=palette.PAPER, markeredgewidth=0.6)
+        axes.plot(
+            ys,
+            color=palette.LINES[i % 6],
+            lw=max(4.5 - 1.5 * i, 1.3),
+            alpha=1 if i else 0.45,
+            label=label,
+            ls=dashes[i % 6],
+            marker="osD^vP"[i % 6],
+            ms=5,
+            markevery=(i * every // 3 % len(ys), every),
+            markeredgecolor=palette.PAPER,
+            markeredgewidth=0.6,
+        )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
 
@@ -178,14 +210,29 @@ def bars(measured, computed=None, *, title="", unit="bytes"):
     exact = (lambda v: f"{v:,.0f} bytes") if unit == "bytes" else said
     goal = _totals(computed, world)
     total = sum(stack.values())
-    parts = {k: np.broadcast_to(array(v, "bars, computed"), world) for k, v in computed.items()} \
-        if isinstance(computed, dict) else {}
-    rows = [{"rank": r} | {k: _plain(v[r]) for k, v in stack.items()} | {"total": _plain(total[r])}
-            | {f"computed {k}": _plain(v[r]) for k, v in parts.items()}
-            | ({} if goal is None else {"computed": _plain(goal[r])}) for r in range(world)]
+    parts = (
+        {k: np.broadcast_to(array(v, "bars, computed"), world) for k, v in computed.items()}
+        if isinstance(computed, dict)
+        else {}
+    )
+    rows = [
+        {"rank": r}
+        | {k: _plain(v[r]) for k, v in stack.items()}
+        | {"total": _plain(total[r])}
+        | {f"computed {k}": _plain(v[r]) for k, v in parts.items()}
+        | ({} if goal is None else {"computed": _plain(goal[r])})
+        for r in range(world)
+    ]
     ends = [exact(total[r]) + ("" if goal is None else f" (computed {exact(goal[r])})") for r in range(world)]
-    alt = f"{title or 'Totals by rank'}: " + (f"every rank {ends[0]}" if len(set(ends)) == 1 else "; ".join(
-        f"rank {r} {end}" for r, end in enumerate(ends))) + f"; kinds: {', '.join(stack)}."
+    alt = (
+        f"{title or 'Totals by rank'}: "
+        + (
+            f"every rank {ends[0]}"
+            if len(set(ends)) == 1
+            else "; ".join(f"rank {r} {end}" for r, end in enumerate(ends))
+        )
+        + f"; kinds: {', '.join(stack)}."
+    )
     longest = max(total.max(), 0 if goal is None else goal.max()) or 1.0
     scale, top = 4.6 / longest, 0.85
 
@@ -199,8 +246,16 @@ def bars(measured, computed=None, *, title="", unit="bytes"):
             for i, values in enumerate(stack.values()):
                 width = values[rank] * scale
                 fill, hatch = palette.kind_style(i)
-                block(axes, x, y, width, 0.3, fill, said(values[rank]) if width > 0.8 and len(stack) > 1 else "",
-                      hatch=hatch)
+                block(
+                    axes,
+                    x,
+                    y,
+                    width,
+                    0.3,
+                    fill,
+                    said(values[rank]) if width > 0.8 and len(stack) > 1 else "",
+                    hatch=hatch,
+                )
                 x += width
             text = said(total[rank])
             if goal is not None:

@@ -5,7 +5,7 @@ from collections import defaultdict
 from matplotlib.patches import FancyBboxPatch
 
 from . import palette
-from .figure import WIDTH, Picture, fit, heading, paint, sheet, text_width
+from .figure import WIDTH, Picture, fit, heading, paint, sheet
 from .values import count, listed
 
 LINE = 0.46  # inches from one process to the one below
@@ -35,7 +35,9 @@ def process_tree(rows, *, title="processes"):
     box = min(2.3, column - 0.35)
     alt = f"{title}: {count(len(rows), 'process')}. " + " ".join(
         f"{_name(row)} started {listed(_name(child) for child in children[row['pid']])}."
-        for row in rows if children[row["pid"]])
+        for row in rows
+        if children[row["pid"]]
+    )
 
     def draw(figure):
         axes = sheet(figure)
@@ -48,10 +50,23 @@ def process_tree(rows, *, title="processes"):
                 axes.plot([x + box, bend, bend, x + column], [y, y, end, end], color=palette.MUTED, lw=1.1, zorder=0)
             _box(axes, row, x, y, box)
 
-    rows_for_table = [{"pid": str(row["pid"]), "parent": str(row["parent"]), "what": row["what"],
-                       "rank": row.get("rank"), "threads": row.get("threads")} for row in rows]
-    return Picture(paint((0.2 + deep * column, 0.5 + tall * LINE), draw), alt, rows_for_table, title,
-                   "\n".join([f"{title} ({len(rows)})", *lines]))
+    rows_for_table = [
+        {
+            "pid": str(row["pid"]),
+            "parent": str(row["parent"]),
+            "what": row["what"],
+            "rank": row.get("rank"),
+            "threads": row.get("threads"),
+        }
+        for row in rows
+    ]
+    return Picture(
+        paint((0.2 + deep * column, 0.5 + tall * LINE), draw),
+        alt,
+        rows_for_table,
+        title,
+        "\n".join([f"{title} ({len(rows)})", *lines]),
+    )
 
 
 def _name(row):
@@ -77,8 +92,17 @@ def _place(parent, children, depth, top, indent, places, lines):
 def _box(axes, row, x, y, width):
     """What it is in bold, rank included; below it the pid and the number of threads."""
     fill = palette.NEUTRAL if row.get("rank") is None else palette.rank_colour(row["rank"])
-    axes.add_artist(FancyBboxPatch((x + 0.04, y - 0.15), width - 0.08, 0.3, boxstyle="round,pad=0.04", facecolor=fill,
-                                  edgecolor=palette.INK, linewidth=0.7))
+    axes.add_artist(
+        FancyBboxPatch(
+            (x + 0.04, y - 0.15),
+            width - 0.08,
+            0.3,
+            boxstyle="round,pad=0.04",
+            facecolor=fill,
+            edgecolor=palette.INK,
+            linewidth=0.7,
+        )
+    )
     threads = row.get("threads")
     more = f"pid {row['pid']}" + (f", {threads} thread{'s' * (threads != 1)}" if threads is not None else "")
     more, small = fit(more, width - 0.16, 7.5)

@@ -98,8 +98,17 @@ def _matrix(axes, values, x, y, width, height, rank, few, label):
         block(axes, x, y, width, height, palette.PAPER, f"empty {label}", 8, dashed=True)
     elif few:
         for (i, j), value in np.ndenumerate(values):
-            block(axes, x + j * width / columns, y + i * height / rows, width / columns, height / rows, fill,
-                  number(value), line=0.5, hatch=palette.rank_hatch(rank))
+            block(
+                axes,
+                x + j * width / columns,
+                y + i * height / rows,
+                width / columns,
+                height / rows,
+                fill,
+                number(value),
+                line=0.5,
+                hatch=palette.rank_hatch(rank),
+            )
         block(axes, x, y, width, height, "none", line=1.6)
     else:
         _shades(axes, values, x, y, width, height, fill)
@@ -163,8 +172,18 @@ def _tile(axes, owners, values, where, width, depth):
     w = (right - left) * wide
     if values is None and text_width(label, 7) > w - 0.06:
         label = f"r{rank}"
-    block(axes, 0.3 + left * wide, TOP + top * tall, w, (bottom - top) * tall, palette.rank_colour(rank), label,
-          8 if values is None else 7.5, line=0.6, hatch=palette.rank_hatch(rank))
+    block(
+        axes,
+        0.3 + left * wide,
+        TOP + top * tall,
+        w,
+        (bottom - top) * tall,
+        palette.rank_colour(rank),
+        label,
+        8 if values is None else 7.5,
+        line=0.6,
+        hatch=palette.rank_hatch(rank),
+    )
 
 
 def held(stages, *, came_from=None, title=""):
@@ -183,12 +202,16 @@ def held(stages, *, came_from=None, title=""):
     if any(len(values) != world for values in columns.values()):
         raise ValueError("held: " + ", ".join(f"{n} has {len(v)} ranks" for n, v in columns.items()))
     sources = {name: _sources(values, came_from.get(name), name) for name, values in columns.items()}
-    rows = [{"rank": r} | {name: "nothing" if v[r] is None else brief(v[r]) for name, v in columns.items()}
-            for r in range(world)]
+    rows = [
+        {"rank": r} | {name: "nothing" if v[r] is None else brief(v[r]) for name, v in columns.items()}
+        for r in range(world)
+    ]
     alt = f"{title or 'What each rank holds'}. " + " ".join(
-        f"Rank {row['rank']}: " + "; ".join(f"{name} {row[name]}" for name in columns) + "." for row in rows)
-    lines = max([v.shape[0] for values in columns.values() for v in values if v is not None and _small(v) and
-                 v.ndim == 2] + [1])
+        f"Rank {row['rank']}: " + "; ".join(f"{name} {row[name]}" for name in columns) + "." for row in rows
+    )
+    lines = max(
+        [v.shape[0] for values in columns.values() for v in values if v is not None and _small(v) and v.ndim == 2] + [1]
+    )
     most = (WIDTH - LEFT - 0.15) / len(columns)
     rooms = [min(most, 0.25 + max(_room(name, v) for v in values)) for name, values in columns.items()]
     width = max(LEFT + sum(rooms) + 0.1, heading_width(title))
@@ -227,8 +250,10 @@ def _sources(values, given, name):
         given = range(len(values))
     if len(given) != len(values):
         raise ValueError(f"held: came_from[{name!r}] has {len(given)} entries for {len(values)} ranks")
-    return [None if v is None else np.broadcast_to(array(-1 if g is None else g, "held, came_from"), v.shape)
-            for v, g in zip(values, given, strict=True)]
+    return [
+        None if v is None else np.broadcast_to(array(-1 if g is None else g, "held, came_from"), v.shape)
+        for v, g in zip(values, given, strict=True)
+    ]
 
 
 def _values(axes, values, sources, x, y, width, height, named):

@@ -28,10 +28,15 @@ class Table:
         return len(self.rows)
 
     def _repr_html_(self):
-        head = "".join(f'<th scope="col" style="text-align:{self._side(c)}">{escape(str(c))}</th>'
-                       for c in self.columns)
-        body = "".join("<tr>" + "".join(f'<td style="text-align:{self._side(c)}">{escape(cell(row.get(c)))}</td>'
-                                        for c in self.columns) + "</tr>" for row in self.rows)
+        head = "".join(
+            f'<th scope="col" style="text-align:{self._side(c)}">{escape(str(c))}</th>' for c in self.columns
+        )
+        body = "".join(
+            "<tr>"
+            + "".join(f'<td style="text-align:{self._side(c)}">{escape(cell(row.get(c)))}</td>' for c in self.columns)
+            + "</tr>"
+            for row in self.rows
+        )
         caption = f'<caption style="text-align:left">{escape(self.caption)}</caption>' if self.caption else ""
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -39,8 +44,10 @@ class Table:
         grid = [[str(c) for c in self.columns]] + [[cell(row.get(c)) for c in self.columns] for row in self.rows]
         widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
         sides = [str.rjust if self._side(c) == "right" else str.ljust for c in self.columns]
-        lines = ["  ".join(side(text, width) for side, text, width in zip(sides, line, widths, strict=True)).rstrip()
-                 for line in grid]
+        lines = [
+            "  ".join(side(text, width) for side, text, width in zip(sides, line, widths, strict=True)).rstrip()
+            for line in grid
+        ]
         lines.insert(1, "  ".join("─" * width for width in widths))
         return "\n".join(([self.caption] if self.caption else []) + lines)
 

@@ -66,8 +66,10 @@ def _events(trace):
         except (AttributeError, TypeError):
             right = False
         if not right:
-            raise ValueError("timeline: an event needs rank ≥ 0, kind 'compute' or 'communication', name, and "
-                             f"start ≤ end in seconds; got {event!r}")
+            raise ValueError(
+                "timeline: an event needs rank ≥ 0, kind 'compute' or 'communication', name, and "
+                f"start ≤ end in seconds; got {event!r}"
+            )
     return events
 
 
@@ -96,13 +98,19 @@ def _totals(rank, compute, communication):
     work, talk = busy(compute), busy(communication)
     both = busy(sorted(compute + communication, key=lambda e: e.start))
     length = [float((spans[:, 1] - spans[:, 0]).sum()) * 1e3 for spans in (work, talk, both)]
-    return {"rank": rank, "compute ms": length[0], "communication ms": length[1],
-            "overlapped ms": max(length[0] + length[1] - length[2], 0.0), "calls": len(communication),
-            "bytes": sum(map(_bytes, communication))}
+    return {
+        "rank": rank,
+        "compute ms": length[0],
+        "communication ms": length[1],
+        "overlapped ms": max(length[0] + length[1] - length[2], 0.0),
+        "calls": len(communication),
+        "bytes": sum(map(_bytes, communication)),
+    }
 
 
 def _words(title, rows, events, milliseconds):
     """The alt text: calls and bytes, which every run repeats; times only where asked for."""
+
     def did(rank):
         calls, moved = Counter(), Counter()
         for e in events:
@@ -118,8 +126,11 @@ def _words(title, rows, events, milliseconds):
         text += f"Every rank: {each[0]}."
     else:
         text += " ".join(f"Rank {rank}: {what}." for rank, what in enumerate(each))
-    return text + "".join(f" Rank {r['rank']}: {r['compute ms']:.3g} ms of computation, {r['communication ms']:.3g} ms "
-                          "of communication." for r in rows if milliseconds)
+    return text + "".join(
+        f" Rank {r['rank']}: {r['compute ms']:.3g} ms of computation, {r['communication ms']:.3g} ms of communication."
+        for r in rows
+        if milliseconds
+    )
 
 
 def _boxes(lane, zero, scale):
@@ -131,8 +142,12 @@ def _boxes(lane, zero, scale):
     for event in lane:
         x, width = LEFT + (event.start - zero) * scale, (event.end - event.start) * scale
         last = merged[-1] if merged else None
-        if last and max(width, last[6]) < 2 * PIXEL and x - last[0] - last[1] < PIXEL / 2 and (
-                event.kind == "compute" or event.name == last[2].name):
+        if (
+            last
+            and max(width, last[6]) < 2 * PIXEL
+            and x - last[0] - last[1] < PIXEL / 2
+            and (event.kind == "compute" or event.name == last[2].name)
+        ):
             last[1] = max(last[1], x + width - last[0])
             last[3], last[4], last[6] = last[3] + 1, last[4] + _bytes(event), max(last[6], width)
         else:
@@ -156,12 +171,17 @@ def _fill(axes, boxes, styles):
         fill, hatch = styles[name] if name is not None else palette.kind_style(0)
         corners = [[(x, y), (x + w, y), (x + w, y + h), (x, y + h)] for x, y, w, h, *_ in members]
         edges = [0.5 if w > 5 * PIXEL else 0 for _, _, w, *_ in members]
-        axes.add_collection(PolyCollection(corners, facecolor=fill, edgecolor=palette.INK, linewidths=edges),
-                            autolim=False)
+        axes.add_collection(
+            PolyCollection(corners, facecolor=fill, edgecolor=palette.INK, linewidths=edges), autolim=False
+        )
         wide = [c for c, (_, _, w, *_) in zip(corners, members, strict=True) if w > 5 * PIXEL]
         if wide and hatch:
-            axes.add_collection(PolyCollection(wide, facecolor="none", edgecolor=palette.text_on(fill), linewidths=0,
-                                               hatch=hatch, alpha=0.5), autolim=False)
+            axes.add_collection(
+                PolyCollection(
+                    wide, facecolor="none", edgecolor=palette.text_on(fill), linewidths=0, hatch=hatch, alpha=0.5
+                ),
+                autolim=False,
+            )
 
 
 def _label(axes, boxes, styles, most=200):
@@ -175,8 +195,16 @@ def _label(axes, boxes, styles, most=200):
             continue
         for text in (times + event.name + much, much.strip(), times + event.name):
             if text and text_width(text, points) + 0.08 < w:
-                axes.text(x + w / 2, y + h / 2, text, size=points, ha="center", va="center",
-                          color=palette.text_on(fill), bbox={"facecolor": fill, "edgecolor": "none", "pad": 0.6})
+                axes.text(
+                    x + w / 2,
+                    y + h / 2,
+                    text,
+                    size=points,
+                    ha="center",
+                    va="center",
+                    color=palette.text_on(fill),
+                    bbox={"facecolor": fill, "edgecolor": "none", "pad": 0.6},
+                )
                 break
 
 
@@ -186,13 +214,22 @@ def _arrows(axes, events, zero, scale, most=40):
     for e in sorted(events, key=lambda e: e.start):
         if e.name in ("send", "recv") and getattr(e, "peer", None) is not None:
             ends[e.name, *((e.rank, e.peer) if e.name == "send" else (e.peer, e.rank))].append(e)
-    pairs = [pair for (name, *ranks), sends in ends.items() if name == "send"
-             for pair in zip(sends, ends.get(("recv", *ranks), []), strict=False)]
+    pairs = [
+        pair
+        for (name, *ranks), sends in ends.items()
+        if name == "send"
+        for pair in zip(sends, ends.get(("recv", *ranks), []), strict=False)
+    ]
     for send, recv in pairs if len(pairs) <= most else []:
-        points = [(LEFT + (t - zero) * scale, TOP + e.rank * (COMPUTE + COMMUNICATE + GAP) + COMPUTE + COMMUNICATE / 2)
-                  for e, t in ((send, send.start), (recv, recv.end))]
-        axes.add_artist(FancyArrowPatch(*points, arrowstyle="-|>", mutation_scale=9, color=palette.INK, lw=0.9,
-                                       shrinkA=0, shrinkB=0, zorder=6))
+        points = [
+            (LEFT + (t - zero) * scale, TOP + e.rank * (COMPUTE + COMMUNICATE + GAP) + COMPUTE + COMMUNICATE / 2)
+            for e, t in ((send, send.start), (recv, recv.end))
+        ]
+        axes.add_artist(
+            FancyArrowPatch(
+                *points, arrowstyle="-|>", mutation_scale=9, color=palette.INK, lw=0.9, shrinkA=0, shrinkB=0, zorder=6
+            )
+        )
 
 
 def _legend(axes, styles, computes):

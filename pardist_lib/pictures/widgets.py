@@ -41,8 +41,9 @@ class Live:
         display(self.still)
         view = self.widget._repr_mimebundle_()
         display({WIDGET_VIEW: view[WIDGET_VIEW], "text/plain": ""}, raw=True)
-        display({"text/html": f'{HIDE}<em class="pardist-run">{escape(self.hint)}</em>',
-                 "text/plain": self.hint}, raw=True)
+        display(
+            {"text/html": f'{HIDE}<em class="pardist-run">{escape(self.hint)}</em>', "text/plain": self.hint}, raw=True
+        )
 
     def __repr__(self):
         return repr(self.still)
@@ -60,11 +61,14 @@ def stepper(frames, captions=None, *, still=None):
     if not frames or len(captions) != len(frames):
         raise ValueError(f"stepper: {len(frames)} pictures with {len(captions)} captions")
     slider = ipywidgets.IntSlider(0, 0, max(len(frames) - 1, 1), description="step", disabled=len(frames) < 2)
-    stack = ipywidgets.Stack([ipywidgets.HTML(_page(*pair)) for pair in zip(frames, captions, strict=True)],
-                             selected_index=0)
+    stack = ipywidgets.Stack(
+        [ipywidgets.HTML(_page(*pair)) for pair in zip(frames, captions, strict=True)], selected_index=0
+    )
     ipywidgets.jslink((slider, "value"), (stack, "selected_index"))
-    back, forward = (ipywidgets.Button(description=text, tooltip=tip, layout={"width": "3em"})
-                     for text, tip in (("◀", "one step back"), ("▶", "one step forward")))
+    back, forward = (
+        ipywidgets.Button(description=text, tooltip=tip, layout={"width": "3em"})
+        for text, tip in (("◀", "one step back"), ("▶", "one step forward"))
+    )
     back.on_click(lambda _: setattr(slider, "value", max(slider.value - 1, 0)))
     forward.on_click(lambda _: setattr(slider, "value", min(slider.value + 1, len(frames) - 1)))
     widget = ipywidgets.VBox([ipywidgets.HBox([back, slider, forward]), stack])
@@ -115,8 +119,10 @@ def _page(picture, caption=""):
     """A picture as HTML, with its alt text; the caption above where the picture has it not already."""
     data, meta = picture._repr_mimebundle_()
     line = f"<div>{escape(caption)}</div>" if caption != picture.caption else ""
-    return (f'{line}<img src="data:image/png;base64,{data["image/png"]}" width="{meta["image/png"]["width"]}" '
-            f'alt="{escape(picture.alt, quote=True)}" style="max-width:100%">')
+    return (
+        f'{line}<img src="data:image/png;base64,{data["image/png"]}" width="{meta["image/png"]["width"]}" '
+        f'alt="{escape(picture.alt, quote=True)}" style="max-width:100%">'
+    )
 
 
 def contact_sheet(frames, captions=None, most=4):
@@ -128,8 +134,10 @@ def contact_sheet(frames, captions=None, most=4):
     across, gap, pixels = min(2, len(images)), 16, int(WIDTH * DPI)
     wide = (pixels - gap) // across - gap
     shrink = min(1.0, wide / max(image.width for image in images))
-    images = [image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)
-              for image in images]
+    images = [
+        image.resize((round(image.width * shrink), round(image.height * shrink)), Image.Resampling.LANCZOS)
+        for image in images
+    ]
     above = 34 if any(captions[i] != frames[i].caption for i in chosen) else gap
     tall = max(image.height for image in images) + above
     page = Image.new("RGB", (gap + across * (wide + gap), gap + tall * -(-len(images) // across)), palette.PAPER)
@@ -140,6 +148,11 @@ def contact_sheet(frames, captions=None, most=4):
             pen.text((x + 4, y + 8), captions[i], fill=palette.INK, font=font)
         page.paste(image, (x, y + above))
     alt = f"{len(chosen)} of {count(len(frames), 'picture')} to step through: {'; '.join(captions[i] for i in chosen)}."
-    return Picture(compress(page), f"{alt} The last one: {frames[-1].alt}",
-                   [{"picture": i + 1, "caption": c, "seen": f.alt} for i, (c, f) in
-                    enumerate(zip(captions, frames, strict=True))])
+    return Picture(
+        compress(page),
+        f"{alt} The last one: {frames[-1].alt}",
+        [
+            {"picture": i + 1, "caption": c, "seen": f.alt}
+            for i, (c, f) in enumerate(zip(captions, frames, strict=True))
+        ],
+    )

@@ -155,7 +155,7 @@ def _failure(ranks, said, code):
 # thread should have ended with its group, but torch.distributed.nn holds the group where that is imported after it.
 _AT_ITS_END = "terminate called without an active exception"
 _OUTLIVED = (
-    "That is how it looks when Python ends before gloo's threads do. The group keeps them alive if torch.distributed.nn "
-    "is imported after init_process_group (an optimizer's first step does it): import it at the top of the program, "
-    "and end the program with dist.destroy_process_group()."
+    "That is how it looks when Python ends before gloo's threads do. The group keeps them alive if "
+    "torch.distributed.nn is imported after init_process_group (the first optimizer does it): import it at the top of "
+    "the program, and end the program with dist.destroy_process_group()."
 )

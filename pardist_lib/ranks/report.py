@@ -142,9 +142,11 @@ def root_cause(outcomes):
         if kind == "died":
             return 1, rest[1], rank
         described = rest[0]
-        return (0 if described["type"] == "CollectiveMismatch" else 3 if _second_hand(described) else 2), described[
-            "time"
-        ], rank
+        return (
+            (0 if described["type"] == "CollectiveMismatch" else 3 if _second_hand(described) else 2),
+            described["time"],
+            rank,
+        )
 
     failed = [item for item in outcomes.items() if item[1][0] in ("error", "died")]
     return min(failed, key=order)[0] if failed else None
@@ -154,7 +156,9 @@ def harmless(outcomes):
     """True where every rank came back and no failure can have disturbed the group."""
     return all(
         kind in ("result", "idle")
-        or kind == "error" and rest[0]["type"] != "CollectiveMismatch" and not _second_hand(rest[0])
+        or kind == "error"
+        and rest[0]["type"] != "CollectiveMismatch"
+        and not _second_hand(rest[0])
         for kind, *rest in outcomes.values()
     )
 
@@ -188,7 +192,8 @@ def folded(said, leave_out=()):
         if rank not in leave_out:
             same.setdefault(text, []).append(rank)
     return "; ".join(
-        f"{plural(ranks)} {text if len(ranks) == 1 else re.sub(r'^was ', 'were ', text)}" for text, ranks in same.items()
+        f"{plural(ranks)} {text if len(ranks) == 1 else re.sub(r'^was ', 'were ', text)}"
+        for text, ranks in same.items()
     )
 
 
@@ -280,7 +285,8 @@ def hang(outcomes, last_calls, behind, seconds, ending):
         cause = "skipped call"
     elif waiting and elsewhere:
         blame = elsewhere[0]
-        head = f"{plural(waiting)} wait{'s' * (len(waiting) == 1)} for {plural(elsewhere)}: no sign of life for {seconds:g} s"
+        wait = "waits" if len(waiting) == 1 else "wait"
+        head = f"{plural(waiting)} {wait} for {plural(elsewhere)}: no sign of life for {seconds:g} s"
         cause = "stall"
     elif waiting:
         blame = waiting[0]
@@ -294,7 +300,9 @@ def hang(outcomes, last_calls, behind, seconds, ending):
     for rank in sorted(outcomes):
         group = [r for r in outcomes if said[r] == said[rank]]
         if rank == group[0]:
-            lines.append(f"  {plural(group)} {said[rank] if len(group) == 1 else re.sub(r'^was ', 'were ', said[rank])}")
+            lines.append(
+                f"  {plural(group)} {said[rank] if len(group) == 1 else re.sub(r'^was ', 'were ', said[rank])}"
+            )
     if cause == "stall":
         lines.append("If it is only slow: ranks.run(..., timeout=…) or Ranks(…, timeout=…) waits longer (seconds).")
     lines.append(ending)

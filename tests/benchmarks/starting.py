@@ -65,7 +65,9 @@ def start(pairs):
                 return ranks.start_seconds
 
         a, b = interleave(lambda: ours(4), bare, pairs)
-        yield ratio("first start of Ranks(4), everything imported / bare torchrun of a script that joins", 4, a, b, "≤ 0.6")
+        yield ratio(
+            "first start of Ranks(4), everything imported / bare torchrun of a script that joins", 4, a, b, "≤ 0.6"
+        )
         a, b = interleave(lambda: ours(8), lambda: ours(4), pairs)
         yield ratio("first start of Ranks(8) / of Ranks(4)", 8, a, b, "hardly above 1")
 
@@ -79,13 +81,15 @@ def calls(pairs):
 
         alone = sorted(ours() for _ in range(200))
         yield {
-            "name": "warm ranks.run of an empty function", "ranks": 4, "median": alone[100] * 1e3, "low": alone[5] * 1e3,
+            "name": "warm ranks.run of an empty function", "ranks": 4,
+            "median": alone[100] * 1e3, "low": alone[5] * 1e3,
             "high": alone[194] * 1e3, "unit": "ms", "target": "≤ 5",
         }  # fmt: skip
         if importlib.util.find_spec("accelerate"):
             launcher = subprocess.Popen(
-                [sys.executable, "-c", LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                [sys.executable, "-c", LAUNCHER], text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
             )  # fmt: skip
 
             def theirs():
@@ -167,6 +171,6 @@ def memory():
         client.stop_channels()
         manager.shutdown_kernel()
         yield {
-            "name": "memory (PSS) of kernel, torchrun, host and ranks", "ranks": n, "median": pss, "low": pss, "high": pss,
-            "unit": "MB", "target": target,
+            "name": "memory (PSS) of kernel, torchrun, host and ranks", "ranks": n,
+            "median": pss, "low": pss, "high": pss, "unit": "MB", "target": target,
         }  # fmt: skip

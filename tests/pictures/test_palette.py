@@ -13,8 +13,9 @@ SIGHT = {
     "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
     "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
 }
-TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
-                   [0.0193339, 0.1191920, 0.9503041]])
+TO_XYZ = np.array(
+    [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+)
 
 
 def lab(colour, sight):
@@ -27,8 +28,9 @@ def lab(colour, sight):
 
 
 @pytest.mark.parametrize("sight", SIGHT)
-@pytest.mark.parametrize("colours, least", [
-    (palette.RANKS[:4], 24), (palette.RANKS, 14), (palette.KINDS, 14), (palette.LINES, 14)])
+@pytest.mark.parametrize(
+    "colours, least", [(palette.RANKS[:4], 24), (palette.RANKS, 14), (palette.KINDS, 14), (palette.LINES, 14)]
+)
 def test_colours_stay_apart(sight, colours, least):
     """ΔE of 2.3 is just noticeable; ours keep six times that, and the usual four ranks ten times."""
     seen = {colour: lab(colour, SIGHT[sight]) for colour in colours}

@@ -106,11 +106,14 @@ def share(picture, colour):
 
 # shards and held
 
+
 def test_shards_print_their_values():
     picture = pictures.shards([[1, 2], [3, 4.5], [5, 6]], title="x")
-    assert picture.table().rows == [{"rank": 0, "shape": "(2,)", "values": "[1 2]"},
-                                    {"rank": 1, "shape": "(2,)", "values": "[3 4.5]"},
-                                    {"rank": 2, "shape": "(2,)", "values": "[5 6]"}]
+    assert picture.table().rows == [
+        {"rank": 0, "shape": "(2,)", "values": "[1 2]"},
+        {"rank": 1, "shape": "(2,)", "values": "[3 4.5]"},
+        {"rank": 2, "shape": "(2,)", "values": "[5 6]"},
+    ]
     assert "shape (6,), cut along dimension 0" in picture.alt and "Rank 1: [3 4.5]." in picture.alt
     assert all(share(picture, palette.rank_colour(r)) > 0.03 for r in range(3))
     assert share(picture, palette.rank_colour(3)) < 0.001
@@ -124,8 +127,7 @@ def test_shards_take_tensors():
 
 def test_owners_count_their_elements():
     picture = pictures.shards((4, 6), [[0, 0, 0, 1, 1, 2]])
-    assert picture.table().rows == [{"rank": 0, "elements": 12}, {"rank": 1, "elements": 8},
-                                    {"rank": 2, "elements": 4}]
+    assert picture.table().rows == [{"rank": 0, "elements": 12}, {"rank": 1, "elements": 8}, {"rank": 2, "elements": 4}]
     first, second, third = (share(picture, palette.rank_colour(r)) for r in range(3))
     assert first > second > third > 0.02
 
@@ -139,6 +141,7 @@ def test_held_colours_say_where_values_came_from():
 
 
 # collectives
+
 
 def test_collective_finds_where_chunks_came_from():
     picture = pictures.collective("all-gather", [[10], [20]], [[10, 20], [10, 20]])
@@ -177,6 +180,7 @@ def test_ring_steps_take_values():
 
 # gradients, curves, bars
 
+
 def test_gradients_say_how_far_ranks_are_apart():
     picture = pictures.gradients([[0.0, 1.0], [0.5, -1.0], [0.25, 0]], [[0.25, 0.0]] * 3)
     assert "Before synchronisation ranks differ by up to 2." in picture.alt
@@ -213,6 +217,7 @@ def test_bars_put_measured_next_to_computed():
 
 
 # timeline
+
 
 def test_timeline_totals():
     rows = pictures.timeline(step_events()).table().rows
@@ -253,8 +258,10 @@ def test_sends_meet_their_receives():
 def test_ten_thousand_events_become_few_boxes():
     rng = np.random.default_rng(0)
     starts = np.sort(rng.uniform(0, 1, 10_000))
-    events = [event(i % 4, "compute" if i % 3 else "communication", f"op{i % 3 and i % 7}", s, s + 5e-5, 8)
-              for i, s in enumerate(starts)]
+    events = [
+        event(i % 4, "compute" if i % 3 else "communication", f"op{i % 3 and i % 7}", s, s + 5e-5, 8)
+        for i, s in enumerate(starts)
+    ]
     picture = pictures.timeline(events)
     assert len(picture.png) < 120_000
     assert sum(row["calls"] for row in picture.table().rows) == sum(e["kind"] == "communication" for e in events)
@@ -265,17 +272,21 @@ def test_ten_thousand_events_become_few_boxes():
 
 # process tree
 
+
 def test_process_tree_prints_as_a_tree_without_pids():
     picture = pictures.process_tree(processes(2))
-    assert repr(picture) == "\n".join([
-        "processes (7)",
-        "kernel",
-        "├─ torchrun agent",
-        "│  ├─ worker (rank 0)",
-        "│  └─ worker (rank 1)",
-        "└─ host",
-        "   ├─ rank 0",
-        "   └─ rank 1"])
+    assert repr(picture) == "\n".join(
+        [
+            "processes (7)",
+            "kernel",
+            "├─ torchrun agent",
+            "│  ├─ worker (rank 0)",
+            "│  └─ worker (rank 1)",
+            "└─ host",
+            "   ├─ rank 0",
+            "   └─ rank 1",
+        ]
+    )
     assert "host started rank 0 and rank 1." in picture.alt and "310" not in picture.alt
     assert picture.table().column("pid")[:3] == ["100", "200", "300"]
 
@@ -287,7 +298,8 @@ WRONG = {
     "rectangular": lambda: pictures.shards([[[1], [2, 3]]]),
     "array of numbers": lambda: pictures.shards([["a"]]),
     "cannot be joined along dim 0: rank 0 \\(2, 3\\), rank 1 \\(2, 4\\)": lambda: pictures.shards(
-        [random(2, 3), random(2, 4)]),
+        [random(2, 3), random(2, 4)]
+    ),
     "dim=2, but": lambda: pictures.shards([random(2, 3)], dim=2),
     "broadcast": lambda: pictures.shards((4, 4), [0, 1, 2]),
     "whole rank numbers": lambda: pictures.shards((2,), [0, -1]),
@@ -307,8 +319,9 @@ WRONG = {
     "start ≤ end": lambda: pictures.timeline([event(0, "compute", "a", 2, 1)]),
     "kind 'compute' or": lambda: pictures.timeline([event(0, "sleep", "a", 1, 2)]),
     "listed twice": lambda: pictures.process_tree(processes() * 2),
-    "ancestors": lambda: pictures.process_tree([{"pid": 1, "parent": 2, "what": "a"},
-                                                {"pid": 2, "parent": 1, "what": "b"}]),
+    "ancestors": lambda: pictures.process_tree(
+        [{"pid": 1, "parent": 2, "what": "a"}, {"pid": 2, "parent": 1, "what": "b"}]
+    ),
     "expected rows with pid": lambda: pictures.process_tree([{"pid": 1}]),
 }
 

@@ -5,12 +5,15 @@ from pardist_lib.pictures import Table
 
 def test_text_and_html_have_every_value():
     table = Table([{"rank": 0, "bytes": 1572864, "ms": 0.123456}, {"rank": 1, "note": "<late>"}], "traffic")
-    assert repr(table) == "\n".join([
-        "traffic",
-        "rank      bytes      ms  note",
-        "────  ─────────  ──────  ──────",
-        "   0  1,572,864  0.1235",
-        "   1                     <late>"])
+    assert repr(table) == "\n".join(
+        [
+            "traffic",
+            "rank      bytes      ms  note",
+            "────  ─────────  ──────  ──────",
+            "   0  1,572,864  0.1235",
+            "   1                     <late>",
+        ]
+    )
     html = table._repr_html_()
     assert "1,572,864" in html and "&lt;late&gt;" in html and "<late>" not in html and "traffic" in html
 

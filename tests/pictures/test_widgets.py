@@ -36,7 +36,7 @@ def children(live, kind):
 
 def test_stepper_steps_and_stops_at_the_ends():
     live = pictures.stepper(pictures.ring_steps(ring_states(3)))
-    slider, = children(live, ipywidgets.IntSlider)
+    (slider,) = children(live, ipywidgets.IntSlider)
     back, forward = children(live, ipywidgets.Button)
     assert (slider.min, slider.max, slider.value) == (0, 4, 0)
     back.click()
@@ -44,7 +44,7 @@ def test_stepper_steps_and_stops_at_the_ends():
     for expected in (1, 2, 3, 4, 4):
         forward.click()
         assert slider.value == expected
-    stack, = children(live, ipywidgets.Stack)
+    (stack,) = children(live, ipywidgets.Stack)
     assert len(stack.children) == 5
     assert all(f"step {i} of 4" in page.value for i, page in enumerate(stack.children) if i)
 
@@ -57,7 +57,7 @@ def test_stepper_shows_captions_that_are_its_own():
 
 
 def test_one_picture_needs_no_slider():
-    slider, = children(pictures.stepper([look(1)]), ipywidgets.IntSlider)
+    (slider,) = children(pictures.stepper([look(1)]), ipywidgets.IntSlider)
     assert slider.disabled
 
 
@@ -73,9 +73,9 @@ def test_three_outputs_the_first_of_them_a_picture(shown):
 
 def test_knobs_redraw_when_let_go():
     live = pictures.knobs(look, ranks=(1, 7), size=["small", "big"])
-    slider, = children(live, ipywidgets.IntSlider)
-    choice, = children(live, ipywidgets.Dropdown)
-    page, = children(live, ipywidgets.HTML)
+    (slider,) = children(live, ipywidgets.IntSlider)
+    (choice,) = children(live, ipywidgets.Dropdown)
+    (page,) = children(live, ipywidgets.HTML)
     assert slider.value == 4 and not slider.continuous_update and slider.description == "ranks"
     assert "small: every rank 4 bytes" in page.value
     assert live.still.alt.endswith("(Drawn for ranks = 4, size = small.)") and "4 bytes" in live.still.alt
@@ -88,39 +88,58 @@ def test_knobs_redraw_when_let_go():
     assert "big: every rank 7 bytes" in page.value
 
 
-@pytest.mark.parametrize("message, wrong", {
-    "0 pictures": lambda: pictures.stepper([]),
-    "1 pictures with 2": lambda: pictures.stepper([look(1)], ["a", "b"]),
-    "at least one control": lambda: pictures.knobs(look),
-    "from ranks=None": lambda: pictures.knobs(look, ranks=None),
-    "must return a picture": lambda: pictures.knobs(lambda n: n, n=3),
-}.items())
+@pytest.mark.parametrize(
+    "message, wrong",
+    {
+        "0 pictures": lambda: pictures.stepper([]),
+        "1 pictures with 2": lambda: pictures.stepper([look(1)], ["a", "b"]),
+        "at least one control": lambda: pictures.knobs(look),
+        "from ranks=None": lambda: pictures.knobs(look, ranks=None),
+        "must return a picture": lambda: pictures.knobs(lambda n: n, n=3),
+    }.items(),
+)
 def test_wrong_input_is_told(message, wrong):
     with pytest.raises(ValueError, match=message):
         wrong()
 
 
-@pytest.mark.parametrize("state, visible", {
-    '<div class="pardist-live"><input></div>': ["widget"],  # the kernel is there
-    '<div class="jupyter-widgets">Error displaying widget: model not found</div>': ["still", "line"],  # opened again
-    "Loading widget...": ["still", "line"],
-    "": ["still", "line"],  # an untrusted notebook shows text/plain
-}.items())
+@pytest.mark.parametrize(
+    "state, visible",
+    {
+        '<div class="pardist-live"><input></div>': ["widget"],  # the kernel is there
+        '<div class="jupyter-widgets">Error displaying widget: model not found</div>': [
+            "still",
+            "line",
+        ],  # opened again
+        "Loading widget...": ["still", "line"],
+        "": ["still", "line"],  # an untrusted notebook shows text/plain
+    }.items(),
+)
 def test_the_browser_hides_what_is_not_needed(state, visible):
     """JupyterLab's own elements, by hand: one child of the output area for each output."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     api = pytest.importorskip("playwright.sync_api", reason="needs Playwright for Python")
     if not browser:
         pytest.skip("needs Chromium")
-    inside = {"before": "a table", "still": "<img>", "widget": state,
-              "line": f'{widgets.HIDE}<em class="pardist-run">Run this cell</em>', "after": "text"}
-    page = "".join(f'<div class="jp-OutputArea-child" id="{name}"><div class="jp-OutputArea-output">{html}</div></div>'
-                   for name, html in inside.items())
+    inside = {
+        "before": "a table",
+        "still": "<img>",
+        "widget": state,
+        "line": f'{widgets.HIDE}<em class="pardist-run">Run this cell</em>',
+        "after": "text",
+    }
+    page = "".join(
+        f'<div class="jp-OutputArea-child" id="{name}"><div class="jp-OutputArea-output">{html}</div></div>'
+        for name, html in inside.items()
+    )
     with api.sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
         tab = chromium.new_page()
         tab.set_content(f'<div class="jp-OutputArea">{page}</div>')
-        seen = [name for name in inside if tab.evaluate(
-            f"getComputedStyle(document.getElementById('{name}')).display") != "none"]
+        seen = [
+            name
+            for name in inside
+            if tab.evaluate(f"getComputedStyle(document.getElementById('{name}')).display") != "none"
+        ]
         chromium.close()
     assert seen == ["before", *visible, "after"]

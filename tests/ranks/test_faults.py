@@ -200,7 +200,9 @@ def test_deadlock(ranks):
     assert error.cause == "deadlock" and "recv(float32 [1], from rank 1)" in str(error)
 
 
-@pytest.mark.parametrize("fn, rank, cause", [(exits, 1, "exit code 3"), (is_killed, 3, "SIGKILL"), (aborts, 0, "SIGABRT")])
+@pytest.mark.parametrize(
+    "fn, rank, cause", [(exits, 1, "exit code 3"), (is_killed, 3, "SIGKILL"), (aborts, 0, "SIGABRT")]
+)
 def test_a_rank_dies(ranks, fn, rank, cause):
     error = fails(ranks, fn)
     assert error.rank == rank and cause in str(error).splitlines()[0]

@@ -98,7 +98,9 @@ def test_cells_magic_names_and_errors(notebook):
 def test_functions_of_cells_and_their_lines(notebook):
     notebook.run(START)
     notebook.run("def helper(x):\n    return x / 0\n")
-    source = "import torch.distributed as dist\ndef fn():\n    if dist.get_rank() == 3:\n        helper(1)\nranks.run(fn)"
+    source = (
+        "import torch.distributed as dist\ndef fn():\n    if dist.get_rank() == 3:\n        helper(1)\nranks.run(fn)"
+    )
     said, errors = notebook.run(source)
     shown = plain(errors)
     assert "rank 3 raised ZeroDivisionError: division by zero" in shown
