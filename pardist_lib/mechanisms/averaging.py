@@ -1,0 +1,167 @@
+"""Averaging parameters instead of gradients: once, every k steps, or after every step; and local SGD.
+
+Each rank trains by itself; now and then all take θ = Σ wᵢ·θᵢ, with wᵢ = 1/N or a rank's share of the rows. n: ranks,
+S: bytes of the parameters. Averaging every k steps sends 1/k of what averaging every step does.
+
+What equals one process on the whole batch, where all start alike and average after every step: SGD, with momentum and
+weight decay too. They are linear in the gradients, so that the mean of what each rank would do is what the mean
+gradient does, and the momentum buffers need not even be exchanged (their mean is the momentum of one process; with
+weights, as long as these stay the same). Adam is not linear: it divides by the root of a mean of squares, and the mean
+over ranks of g² is not the square of the mean. It trains, but differently, with its state averaged or not.
+
+Sources: Zinkevich et al., "Parallelized Stochastic Gradient Descent" (2010), for one average at the end; McMahan et
+al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017), algorithm 1, for weights and
+for averaging now and then; Stich, "Local SGD Converges Fast and Communicates Little" (2019); Douillard et al., "DiLoCo"
+(2023), algorithm 1, for the outer optimizer.
+"""
+
+import itertools
+import zlib
+
+import torch
+import torch.distributed as dist
+
+from .point_to_point import place
+
+
+def average_parameters(module, weights=None, group=None, optimizer=None):
+    """Replace every trainable parameter by its mean over the ranks, in place, on every rank of the group.
+
+    module     on every rank the same; frozen parameters and buffers are left alone. A shared one counts once.
+    weights    a number: this rank's own weight (its rows, say), which may differ from rank to rank and from call to
+               call; or a list with every rank's, the same on all. None: all count alike. They need not add up to 1.
+    optimizer  its state is averaged too, with the same weights: whatever has its parameter's shape (momentum, Adam's
+               two means); the step counts stay.
+
+    Called once after training it is one-shot averaging. Gives to all_reduce S bytes, those of the state besides, and
+    8 where each rank knows its own weight only; 16 more with an optimizer, to see that all have the same state.
+    Raises ValueError for weights that are negative, not finite, all 0 or not as many as ranks, and where the
+    optimizer's state is not of the same kind on all ranks (one that has not stepped yet has none).
+    """
+    share = _share(weights, group)
+    tensors = [p.detach() for p in module.parameters() if p.requires_grad]
+    if optimizer is not None:
+        tensors += _state(module, optimizer, group)
+    _average(tensors, share, group)
+
+
+def _share(weights, group):
+    """This rank's weight, such that all of them add up to 1."""
+    rank, n = place(group)
+    if weights is None:
+        return 1 / n
+    if isinstance(weights, (int, float)):
+        total = torch.tensor([_checked([weights])[0]], dtype=torch.float64)
+        dist.all_reduce(total, group=group)
+        mine, total = float(weights), total.item()
+    else:
+        weights = _checked(weights)
+        if len(weights) != n:
+            raise ValueError(f"{len(weights)} weights for {n} ranks: give every rank's, or this rank's own as a number")
+        mine, total = weights[rank], sum(weights)
+    if not total:
+        raise ValueError("all weights are 0: somebody has to count")
+    return mine / total
+
+
+def _checked(weights):
+    weights = [float(w) for w in weights]
+    if wrong := [w for w in weights if not 0 <= w < float("inf")]:
+        raise ValueError(f"a weight is a number of rows, or another share, 0 or more, not {wrong[0]}")
+    return weights
+
+
+def _state(module, optimizer, group):
+    """The optimizer's tensors that are shaped like their parameter, in the same order on every rank."""
+    found, told = [], []
+    for i, p in enumerate(p for p in module.parameters() if p.requires_grad):
+        for name, value in sorted(optimizer.state.get(p, {}).items()):
+            if isinstance(value, torch.Tensor) and value.shape == p.shape and name != "step":
+                found.append(value)
+                told.append((i, name, str(value.dtype)))
+    mark = zlib.crc32(repr(told).encode())
+    extremes = torch.tensor([mark, -mark])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    if extremes[0] != -extremes[1]:
+        raise ValueError(
+            f"the optimizer's state differs in kind between ranks (here {len(found)} tensors): "
+            "all of them have to have made a step with a gradient for the same parameters"
+        )
+    return found
+
+
+@torch.no_grad()
+def _average(tensors, share, group):
+    """Σ share·tensor over the ranks, in place; one all_reduce for each dtype and device."""
+
+    def kind(t):
+        return str(t.dtype), str(t.device)
+
+    for _, alike in itertools.groupby(sorted(tensors, key=kind), kind):
+        alike = list(alike)
+        line = torch.cat([t.flatten() for t in alike]).mul_(share)
+        dist.all_reduce(line, group=group)
+        for t, mean in zip(alike, line.split([t.numel() for t in alike]), strict=True):
+            t.copy_(mean.view(t.shape))
+
+
+class LocalSGD:
+    """Every rank trains by itself for `every` steps, then all average their parameters; and so on.
+
+        local = LocalSGD(model, torch.optim.SGD(model.parameters(), lr=0.1), every=8)
+        for x, y in batches:
+            local.zero_grad()
+            loss(model(x), y).backward()
+            local.step()
+
+    module, optimizer   each rank's own; any torch optimizer of the module's parameters. At the start parameters and
+                        buffers are set to those of the group's first rank (S bytes and the buffers', broadcast).
+    every               steps between two averages; None: never by itself. `average()` at the end is one-shot averaging.
+    weights             as for `average_parameters`: a number, this rank's own, or a list of all ranks'.
+    average_state       average the optimizer's state too, whenever the parameters are.
+    outer               a function from a list of parameters to a torch optimizer, as in
+                        lambda ps: torch.optim.SGD(ps, lr=0.7, momentum=0.9, nesterov=True). It takes how far the mean
+                        has come since the last average for a gradient, and steps from there (DiLoCo). Without momentum
+                        and with lr=1 it would end at the mean itself. Costs S of memory, and its state; nothing is
+                        sent for it, as every rank computes the same.
+
+    Sends in `every` steps what one average sends: S bytes to all_reduce. Raises ValueError for every < 1.
+    """
+
+    def __init__(self, module, optimizer, every, weights=None, group=None, *, average_state=False, outer=None):
+        if every is not None and (not isinstance(every, int) or every < 1):
+            raise ValueError(f"every is a number of steps, 1 or more, or None, not {every!r}")
+        place(group)
+        self.module, self.optimizer, self.every, self.weights, self.group = module, optimizer, every, weights, group
+        self.average_state, self.steps, self.averages = average_state, 0, 0
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("this module has no parameter that requires a gradient: there is nothing to train")
+        first = dist.get_process_group_ranks(group or dist.group.WORLD)[0]
+        for t in itertools.chain(module.parameters(), module.buffers()):
+            dist.broadcast(t.detach(), first, group=group)
+        self.start = [p.detach().clone() for p in self.parameters] if outer else []  # where the last average ended
+        self.outer = outer(self.start) if outer else None
+
+    def zero_grad(self, set_to_none=True):
+        self.optimizer.zero_grad(set_to_none)
+
+    def step(self):
+        """One step of this rank's own optimizer, and after every `every` of them `average()`."""
+        self.optimizer.step()
+        self.steps += 1
+        if self.every and self.steps % self.every == 0:
+            self.average()
+
+    @torch.no_grad()
+    def average(self):
+        """All ranks' parameters become their mean, or where the outer optimizer steps towards it."""
+        state_of = self.optimizer if self.average_state else None
+        average_parameters(self.module, self.weights, self.group, state_of)
+        self.averages += 1
+        if self.outer:
+            for start, p in zip(self.start, self.parameters, strict=True):
+                start.grad = start - p.detach()  # it points away from the mean, as a gradient does from the minimum
+            self.outer.step()
+            for start, p in zip(self.start, self.parameters, strict=True):
+                p.copy_(start)

@@ -1,0 +1,164 @@
+"""What the serving rank of a `ParameterServer` does: take pushes, apply them, answer."""
+
+import queue
+import threading
+from collections import deque
+from typing import NamedTuple
+
+import torch
+
+from .flat_buffer import FlatBuffer
+
+LEAVING = -1  # in the place of the number of rows
+
+
+class Applied(NamedTuple):
+    """One gradient that the server applied."""
+
+    worker: int  # rank within the group
+    computed_at: int  # version of the parameters that the worker had pulled
+    applied_to: int  # version that the server had reached by then
+
+    @property
+    def staleness(self):
+        return self.applied_to - self.computed_at
+
+
+class ServerLoop:
+    """One thread a worker waits for its pushes, and puts them into a queue; the main thread does all the rest.
+
+    A receipt from *any* rank would need no threads. But gloo's takes no notice of a rank that dies, and never ends
+    where that was the last one it could come from; one rank's connection tells.
+
+    ps: the `ParameterServer`; after_step: called after every step of the optimizer, or None.
+    """
+
+    def __init__(self, ps, after_step):
+        self.ps, self.after_step = ps, after_step
+        self.parameters, self.schedule = ps.parameters, None if ps.schedule is None else deque(ps.schedule)
+        self.events = queue.SimpleQueue()  # (worker, rows or LEAVING, used parameters, or what its connection said)
+        self.clock = dict.fromkeys(ps.workers, 0)  # pushes applied, of those who are still there
+        self.pulled_at = dict.fromkeys(ps.workers, ps.version)  # the version that each one has
+        self.arrived, self.waiting = {}, []  # pushes not yet applied; workers not yet answered
+        self.inbox = {worker: FlatBuffer(self.parameters) for worker in ps.workers}
+        self.outbox = {} if ps.synchronous else {worker: FlatBuffer(self.parameters) for worker in ps.workers}
+        self.answers = {}  # sends under way
+
+    def run(self):
+        """Until all workers have left."""
+        for worker in self.ps.workers:
+            threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        while self.clock:
+            worker, rows, told = self.events.get()
+            if rows != LEAVING:
+                self.arrived[worker] = rows, told
+            else:
+                del self.clock[worker]
+                if told is not None:
+                    self._lose(worker, told)
+            self._apply_together() if self.ps.synchronous else self._apply_apart()
+        for worker in list(self.answers):
+            self._sent(worker)
+
+    def _listen(self, worker):
+        header = torch.empty(self.ps.header_bytes, dtype=torch.uint8)
+        try:
+            while True:
+                self.ps.receive(header, worker)
+                rows = int(header[:8].view(torch.int64))
+                if rows == LEAVING:
+                    return self.events.put((worker, LEAVING, None))
+                self.ps.receive(self.inbox[worker].raw, worker)  # nobody reads it now: the last push was answered
+                bits = header[8:].tolist()
+                used = [bits[i // 8] >> i % 8 & 1 for i in range(len(self.parameters))]
+                self.events.put((worker, rows, used))
+        except RuntimeError as error:  # the connection is closed
+            self.events.put((worker, LEAVING, error))
+
+    def _lose(self, worker, error):
+        self.ps.lost[worker] = error
+        self.arrived.pop(worker, None)
+        if self.ps.synchronous:
+            raise ConnectionError(
+                f"worker {worker} died after {len(self.ps.log) // len(self.ps.workers)} steps: a synchronous server "
+                "cannot make up its share of the batch (synchronous=False goes on with the others)"
+            ) from error
+
+    def _apply_together(self):
+        """One step with the mean of all workers' gradients, once all that are still there have pushed."""
+        if not self.arrived or self.arrived.keys() != self.clock.keys():
+            return
+        order = sorted(self.arrived)  # whoever came first: the sum is the same to the bit
+        total = sum(self.arrived[worker][0] for worker in order)
+        for worker in order:
+            torch._foreach_mul_(self.inbox[worker].views, self.arrived[worker][0] / max(total, 1))
+        mean, *others = (self.inbox[worker].views for worker in order)
+        for other in others:
+            torch._foreach_add_(mean, other)
+        self.ps.log += [Applied(worker, self.ps.version, self.ps.version) for worker in order]
+        self._step(mean, [any(used) for used in zip(*(self.arrived[worker][1] for worker in order), strict=True)])
+        answer = self.ps.leaving.read_from(self.parameters)
+        for worker in order:
+            self.clock[worker] += 1
+            self._answer(worker, answer)
+        for worker in order:
+            self._sent(worker)
+        self.arrived.clear()
+
+    def _apply_apart(self):
+        """Apply the pushes that are there, one by one, and answer whoever may go on."""
+        while (worker := self._next()) is not None:
+            _, used = self.arrived.pop(worker)
+            self.ps.log.append(Applied(worker, self.pulled_at[worker], self.ps.version))
+            self._step(self.inbox[worker].views, used)
+            self.clock[worker] += 1
+            self.waiting.append(worker)
+            self._let_go()
+        self._let_go()
+
+    def _next(self):
+        """The worker whose push is applied next; None where that one has not arrived yet."""
+        if self.schedule is None or not self.arrived:
+            return next(iter(self.arrived), None)
+        done = len(self.ps.log)
+        if not self.schedule:
+            raise ValueError(f"the schedule ends after {done} pushes, but worker {min(self.arrived)} makes another one")
+        turn = self.schedule[0]
+        if turn in self.arrived:
+            return self.schedule.popleft()
+        if turn not in self.clock or turn in self.waiting:
+            why = "waits for slower ones, as staleness asks" if turn in self.clock else "has left"
+            raise ValueError(f"the schedule's push {done} (from 0) is worker {turn}'s, which {why}")
+        return None
+
+    def _let_go(self):
+        """Answer the workers that are not too far ahead of the slowest one that is still there."""
+        slowest = min(self.clock.values(), default=0)
+        for worker in [w for w in self.waiting if w in self.clock]:
+            if self.ps.staleness is None or self.clock[worker] - slowest <= self.ps.staleness:
+                self.waiting.remove(worker)
+                self._sent(worker)
+                self._answer(worker, self.outbox[worker].read_from(self.parameters))
+
+    def _step(self, gradients, used):
+        for p, gradient, is_used in zip(self.parameters, gradients, used, strict=True):
+            p.grad = gradient.to(p.device) if is_used else None
+        self.ps.optimizer.step()
+        self.ps.version += 1
+        if self.after_step:
+            self.after_step()
+
+    def _answer(self, worker, buffer):
+        self.pulled_at[worker] = self.ps.version
+        try:
+            self.answers[worker] = self.ps.send(buffer.raw, worker)
+        except RuntimeError:
+            pass  # it has died: its thread tells
+
+    def _sent(self, worker):
+        """Wait until the last answer has left, so that its buffer is free."""
+        try:
+            if work := self.answers.pop(worker, None):
+                work.wait()
+        except RuntimeError:
+            pass
