@@ -2,6 +2,7 @@
 
 from .collectives import collective, ring_steps
 from .figure import Picture
+from .matmul import matmul
 from .plots import bars, curves, gradients
 from .processes import process_tree
 from .shards import held, shards
@@ -10,4 +11,4 @@ from .timeline import timeline
 from .widgets import Live, contact_sheet, knobs, stepper
 
 __all__ = ["Live", "Picture", "Table", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "knobs",
-           "process_tree", "ring_steps", "shards", "stepper", "timeline"]
+           "matmul", "process_tree", "ring_steps", "shards", "stepper", "timeline"]

@@ -59,6 +59,9 @@ LOSS = [2.5, 1.25, 0.75, 0.5]
 OWN = [[f"{letter}{rank}" for letter in "abcd"] for rank in range(4)]
 SUMS = ["+".join(f"{letter}{rank}" for rank in range(4)) for letter in "abcd"]
 
+ROWS = np.repeat(np.arange(4), [3, 2, 2, 2])[:, None]
+GRID = [[0, 1], [2, 3]]
+
 EXAMPLES = {
     "shards in rows": lambda: pictures.shards(np.split(np.arange(32).reshape(8, 4), 4), title="weight"),
     "shards in columns": lambda: pictures.shards(np.split(np.arange(32).reshape(8, 4), 4, axis=1), dim=1),
@@ -84,5 +87,13 @@ EXAMPLES = {
     "timeline": lambda: pictures.timeline(step_events()),
     "ring timeline": lambda: pictures.timeline(ring_events()),
     "process tree": lambda: pictures.process_tree(processes(8)),
+    "matmul in rows": lambda: pictures.matmul(random(9, 5), random(5, 7), random(9, 7), (ROWS, -1, ROWS), title="rows"),
+    "matmul summed": lambda: pictures.matmul(
+        np.ones((3, 4)), np.ones((4, 5)), np.full((3, 5), 4), (np.arange(4), np.arange(4)[:, None], -1),
+        summands=[np.ones((3, 5))] * 4, title="inner", note="summed", lines=["an all-reduce of A"]),
+    "summa": lambda: pictures.matmul(
+        np.ones((4, 6)), np.ones((6, 2)), np.ones((4, 2)),
+        [np.kron(GRID, np.ones(block, int)) for block in ((2, 3), (3, 1), (2, 1))], panel=(0, 3), title="SUMMA",
+        lines=["rank 0 → rank 1", "rank 2 → rank 3"]),
     "contact sheet": lambda: pictures.contact_sheet(pictures.ring_steps(ring_states(3))),
 }

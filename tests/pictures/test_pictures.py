@@ -330,3 +330,28 @@ WRONG = {
 def test_wrong_input_is_told(message):
     with pytest.raises(ValueError, match=message):
         WRONG[message]()
+
+
+# matmul
+
+def test_matmul_says_who_holds_what():
+    b, c, ranks = np.arange(8).reshape(2, 4), np.arange(12).reshape(4, 3), np.array([0, 0, 1, 1])
+    summands = [b[:, :2] @ c[:2], b[:, 2:] @ c[2:]]
+    picture = pictures.matmul(b, c, b @ c, (ranks, ranks[:, None], -1), summands=summands, panel=(2, 4), title="inner",
+                              lines=["an all-reduce of A"])
+    assert "B: rank 0 columns 0–1 and rank 1 columns 2–3. C: rank 0 rows 0–1 and rank 1 rows 2–3." in picture.alt
+    assert "A: whole on every rank. 2 summands as large as A" in picture.alt and "indices 2 to 3 travel" in picture.alt
+    assert picture.alt.endswith("an all-reduce of A.")
+    assert {"matrix": "C", "rank": "rank 1", "block": "[6 7 8 9 10 11]"} in picture.table().rows
+    assert {"matrix": "summand of A", "rank": "rank 0", "block": "[3 4 5 15 24 33]"} in picture.table().rows
+    assert share(picture, palette.rank_colour(1)) > 0.03 and share(picture, palette.NEUTRAL) > 0.03
+
+
+def test_matmul_refuses_what_does_not_fit():
+    one = np.ones((2, 2))
+    with pytest.raises(ValueError, match=r"shapes \(2, 2\) × \(3, 2\) do not give \(2, 2\)"):
+        pictures.matmul(one, np.ones((3, 2)), one, (0, 0, 0))
+    with pytest.raises(ValueError, match="three arrays that broadcast"):
+        pictures.matmul(one, one, one, ([0, 1, 2], 0, 0))
+    with pytest.raises(ValueError, match=r"every summand is as large as A, \(2, 2\)"):
+        pictures.matmul(one, one, one, (0, 0, 0), summands=[np.ones(2)])
