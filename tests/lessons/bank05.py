@@ -1,0 +1,674 @@
+"""Wrong answers to the exercises of lesson 05, as people really write them; and right ones other than the reference."""
+
+import torch
+import torch.distributed as dist
+from planted import mistake, right
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from pardist_lib.mechanisms.averaging import LocalSGD, average_parameters
+
+# ---- average_by_rows ------------------------------------------------------------------------------------------
+
+
+def total_of(rows, group=None):
+    total = torch.tensor([float(rows)], dtype=torch.float64)
+    dist.all_reduce(total, group=group)
+    return total.item()
+
+
+@mistake("average_by_rows", "the plain mean: a mean of means counts a rank with few rows as much as one with many")
+def mean_of_means(model, rows, group=None):
+    for p in model.parameters():
+        if p.requires_grad:
+            dist.all_reduce(p.data, group=group)
+            p.data /= dist.get_world_size(group)
+
+
+@mistake("average_by_rows", "the sum of the ranks' parameters: it has to be divided")
+def only_adds(model, rows, group=None):
+    for p in model.parameters():
+        if p.requires_grad:
+            dist.all_reduce(p.data, group=group)
+
+
+@mistake("average_by_rows", "multiplied by the rows, but divided by the 4 ranks")
+def divides_by_ranks(model, rows, group=None):
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data *= rows
+            dist.all_reduce(p.data, group=group)
+            p.data /= dist.get_world_size(group)
+
+
+@mistake("average_by_rows", "divided by 4 once too often: the rows' shares add up to 1 already")
+def divides_once_more(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data *= rows / total
+            dist.all_reduce(p.data, group=group)
+            p.data /= dist.get_world_size(group)
+
+
+@mistake("average_by_rows", "a mean was made but never reached the model")
+def averages_a_new_tensor(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.requires_grad:
+            p = p.detach() * rows / total
+            dist.all_reduce(p, group=group)
+
+
+@mistake("average_by_rows", "the gradient of fc1.weight has changed: average the parameters, not the gradients")
+def averages_the_gradients(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= rows / total
+            dist.all_reduce(p.grad, group=group)
+
+
+@mistake("average_by_rows", "frozen.weight is frozen and has changed")
+def averages_frozen_ones_too(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        p.data *= rows / total
+        dist.all_reduce(p.data, group=group)
+
+
+@mistake("average_by_rows", "the group argument is ignored: this is the mean over all ranks")
+def forgets_the_group(model, rows, group=None):
+    total = total_of(rows)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data *= rows / total
+            dist.all_reduce(p.data)
+
+
+@mistake("average_by_rows", "the group argument is ignored where the rows are added up")
+def forgets_the_group_once(model, rows, group=None):
+    total = total_of(rows)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data *= rows / total
+            dist.all_reduce(p.data, group=group)
+
+
+@mistake("average_by_rows", "the ranks do not make the same calls: a rank without rows has to take part too")
+def skips_where_there_are_no_rows(model, rows, group=None):
+    if rows == 0:
+        return
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data *= rows / total
+            dist.all_reduce(p.data, group=group)
+
+
+@mistake("average_by_rows", "it calls all_gather")
+def gathers(model, rows, group=None):
+    n, total = dist.get_world_size(group), total_of(rows, group)
+    for p in model.parameters():
+        if p.requires_grad:
+            everyone = [torch.empty_like(p.data) for _ in range(n)]
+            dist.all_gather(everyone, p.data * rows / total, group=group)
+            p.data.copy_(sum(everyone))
+
+
+@mistake("average_by_rows", "it calls the course's own `average_parameters`")
+def takes_the_courses(model, rows, group=None):
+    average_parameters(model, rows, group)
+
+
+@mistake("average_by_rows", "each rank multiplied its own parameters by its share, and nothing was added up")
+def adds_nothing_up(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data *= rows / total
+
+
+@mistake("average_by_rows", "a weight that two layers share comes up twice in modules()")
+def once_for_each_layer(model, rows, group=None):
+    total, before = total_of(rows, group), {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            if p.requires_grad:
+                mean = before.setdefault(p, p.data.clone()) * rows / total
+                dist.all_reduce(mean, group=group)
+                p.data.copy_(mean)
+
+
+@right("average_by_rows")
+def in_one_vector(model, rows, group=None):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    line = parameters_to_vector(trained).detach() * (rows / total_of(rows, group))
+    dist.all_reduce(line, group=group)
+    vector_to_parameters(line, trained)
+
+
+@right("average_by_rows")
+@torch.no_grad()
+def divides_afterwards(model, rows, group=None):
+    total = torch.tensor(rows)
+    dist.all_reduce(total, group=group)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.mul_(rows)
+            dist.all_reduce(p, group=group)
+            p.div_(total)
+
+
+# ---- local_sgd_step -------------------------------------------------------------------------------------------
+
+
+def take_mean(model):
+    for p in model.parameters():
+        if p.requires_grad:
+            dist.all_reduce(p.data)
+            p.data /= dist.get_world_size()
+
+
+@mistake("local_sgd_step", "the parameters are averaged at steps 0, k, 2k")
+def counts_from_one(model, optimizer, step, k):
+    optimizer.step()
+    if step % k == 0:
+        take_mean(model)
+
+
+@mistake("local_sgd_step", "averaged first, then stepped")
+def averages_first(model, optimizer, step, k):
+    if (step + 1) % k == 0:
+        take_mean(model)
+    optimizer.step()
+
+
+@mistake("local_sgd_step", "the parameters are to be averaged, not the gradients")
+def averages_gradients(model, optimizer, step, k):
+    if (step + 1) % k == 0:
+        for p in model.parameters():
+            if p.requires_grad:
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+    optimizer.step()
+
+
+@mistake("local_sgd_step", "the parameters are to be averaged, not the gradients")
+def gradients_after_the_step(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        for p in model.parameters():
+            if p.requires_grad:
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+
+
+@mistake("local_sgd_step", "the parameters are averaged after every step, whatever k is")
+def averages_always(model, optimizer, step, k):
+    optimizer.step()
+    take_mean(model)
+
+
+@mistake("local_sgd_step", "the parameters are never averaged")
+def never_averages(model, optimizer, step, k):
+    optimizer.step()
+
+
+@mistake("local_sgd_step", "the sum was not divided by the number of ranks")
+def forgets_to_divide(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        for p in model.parameters():
+            if p.requires_grad:
+                dist.all_reduce(p.data)
+
+
+@mistake("local_sgd_step", "no step was made: call optimizer.step()")
+def makes_no_step(model, optimizer, step, k):
+    if (step + 1) % k == 0:
+        take_mean(model)
+
+
+@mistake("local_sgd_step", "optimizer.step() is called only in the steps that average")
+def steps_only_when_due(model, optimizer, step, k):
+    if (step + 1) % k == 0:
+        optimizer.step()
+        take_mean(model)
+
+
+@mistake("local_sgd_step", "the optimizer's state is averaged too")
+def averages_the_momentum(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        take_mean(model)
+        for p in model.parameters():
+            if p.requires_grad:
+                for name, value in sorted(optimizer.state[p].items()):
+                    if name != "step":
+                        dist.all_reduce(value)
+                        value /= dist.get_world_size()
+
+
+@mistake("local_sgd_step", "averaged only once, at step k - 1")
+def averages_once(model, optimizer, step, k):
+    optimizer.step()
+    if step == k - 1:
+        take_mean(model)
+
+
+@mistake("local_sgd_step", "it broadcasts one rank's parameters")
+def broadcasts(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+
+
+@mistake("local_sgd_step", "step 0 sends")
+def sends_for_nothing(model, optimizer, step, k):
+    optimizer.step()
+    means = [p.data.clone() for p in model.parameters() if p.requires_grad]
+    for mean in means:
+        dist.all_reduce(mean)
+    if (step + 1) % k == 0:
+        for p, mean in zip((p for p in model.parameters() if p.requires_grad), means, strict=True):
+            p.data.copy_(mean / dist.get_world_size())
+
+
+@mistake("local_sgd_step", "it calls the course's own")
+def takes_the_courses_local_sgd(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        LocalSGD.__init__.__globals__["average_parameters"](model)
+
+
+@right("local_sgd_step")
+def in_one_line(model, optimizer, step, k):
+    optimizer.step()
+    if step % k == k - 1:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        line = parameters_to_vector(trained).detach() / dist.get_world_size()
+        dist.all_reduce(line)
+        vector_to_parameters(line, trained)
+
+
+@right("local_sgd_step")
+def by_avg_of_parts(model, optimizer, step, k):
+    optimizer.step()
+    if not (step + 1) % k:
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.div_(dist.get_world_size())
+                        dist.all_reduce(p)
+
+
+# ---- server_round ---------------------------------------------------------------------------------------------
+
+
+def collect(theta, server, buffers=None):
+    """The sum of the workers' gradients, and who they are."""
+    workers = [r for r in range(dist.get_world_size()) if r != server]
+    total, arrived = torch.zeros_like(theta), torch.empty_like(theta)
+    for worker in workers:
+        dist.recv(arrived, worker)
+        total += arrived
+    return total, workers
+
+
+def work(theta, gradient, server):
+    dist.send(gradient, server)
+    dist.recv(theta, server)
+
+
+@mistake("server_round", "divided by all 4 ranks: the server has no gradient")
+def counts_the_server(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    total, workers = collect(theta, server)
+    theta -= lr * total / dist.get_world_size()
+    for worker in workers:
+        dist.send(theta, worker)
+
+
+@mistake("server_round", "the sum of the gradients is applied")
+def applies_the_sum(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    total, workers = collect(theta, server)
+    theta -= lr * total
+    for worker in workers:
+        dist.send(theta, worker)
+
+
+@mistake("server_round", "the sign is wrong")
+def climbs(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    total, workers = collect(theta, server)
+    theta += lr * total / len(workers)
+    for worker in workers:
+        dist.send(theta, worker)
+
+
+@mistake("server_round", "only worker 3's gradient is applied: each one overwrites what came before")
+def keeps_the_last(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    arrived = torch.empty_like(theta)
+    workers = [r for r in range(dist.get_world_size()) if r != server]
+    for worker in workers:
+        dist.recv(arrived, worker)
+    theta -= lr * arrived
+    for worker in workers:
+        dist.send(theta, worker)
+
+
+@mistake("server_round", "each gradient is applied by itself with the full lr, and each worker answered at once")
+def answers_each_at_once(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    arrived = torch.empty_like(theta)
+    for worker in (r for r in range(dist.get_world_size()) if r != server):
+        dist.recv(arrived, worker)
+        theta -= lr * arrived
+        dist.send(theta, worker)
+
+
+@mistake("server_round", "the server sends new parameters, but its own stay as they were")
+def steps_in_a_new_tensor(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    total, workers = collect(theta, server)
+    theta = theta - lr * total / len(workers)
+    for worker in workers:
+        dist.send(theta, worker)
+
+
+@mistake("server_round", "the workers' theta holds the mean gradient")
+def sends_the_mean_back(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    total, workers = collect(theta, server)
+    mean = total / len(workers)
+    theta -= lr * mean
+    for worker in workers:
+        dist.send(mean, worker)
+
+
+@mistake("server_round", "each worker has stepped from its own old parameters")
+def everyone_steps(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        mean = torch.empty_like(theta)
+        work(mean, gradient, server)
+    else:
+        total, workers = collect(theta, server)
+        mean = total / len(workers)
+        for worker in workers:
+            dist.send(mean, worker)
+    theta -= lr * mean
+
+
+@mistake("server_round", "torch's own reduce: write it here from send and receive alone")
+def by_collectives(theta, gradient, lr, server=0):
+    n = dist.get_world_size()
+    total = torch.zeros_like(theta) if gradient is None else gradient.clone()
+    dist.reduce(total, server)
+    theta -= lr * total / (n - 1)
+    dist.broadcast(theta, server)
+
+
+@mistake("server_round", "workers talk to the server only")
+def everyone_to_everyone(theta, gradient, lr, server=0):
+    rank, n = dist.get_rank(), dist.get_world_size()
+    workers = [r for r in range(n) if r != server]
+    if rank == server:
+        total, _ = collect(theta, server)
+        theta -= lr * total / len(workers)
+        for worker in workers:
+            dist.send(theta, worker)
+        return
+    works = [dist.isend(gradient, r) for r in range(n) if r != rank]
+    for other in workers:
+        if other != rank:
+            dist.recv(torch.empty_like(theta), other)
+    dist.recv(theta, server)
+    for one in works:
+        one.wait()
+
+
+@mistake("server_round", "the result is right, but rank 1 sends")
+def sends_it_twice(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        dist.send(gradient, server)
+        return work(theta, gradient, server)
+    total, workers = torch.zeros_like(theta), [r for r in range(dist.get_world_size()) if r != server]
+    for worker in workers:
+        arrived = torch.empty_like(theta)
+        dist.recv(arrived, worker)
+        dist.recv(arrived, worker)
+        total += arrived
+    theta -= lr * total / len(workers)
+    for worker in workers:
+        dist.send(theta, worker)
+
+
+@mistake("server_round", "rank 0 receives from itself")
+def serves_itself_too(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    arrived = torch.empty_like(theta)
+    for worker in range(dist.get_world_size()):
+        dist.recv(arrived, worker)
+
+
+@mistake("server_round", "every rank waits in recv, and what it waits for is never sent")
+def pulls_before_it_pushes(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        dist.recv(theta, server)
+        dist.send(gradient, server)
+        return
+    total, workers = collect(theta, server)
+    theta -= lr * total / len(workers)
+    for worker in workers:
+        dist.send(theta, worker)
+
+
+@mistake("server_round", "were never waited for")
+def does_not_wait(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    total, workers = collect(theta, server)
+    theta -= lr * total / len(workers)
+    for worker in workers:
+        dist.isend(theta, worker)
+
+
+@right("server_round")
+def whoever_comes_first(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    arrived, total, workers = torch.empty_like(theta), torch.zeros_like(theta), []
+    for _ in range(dist.get_world_size() - 1):
+        workers.append(dist.recv(arrived))
+        total += arrived
+    theta -= lr * total / len(workers)
+    for one in [dist.isend(theta, worker) for worker in workers]:
+        one.wait()
+
+
+@right("server_round")
+def all_at_once(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        sending, receiving = dist.isend(gradient, server), dist.irecv(theta, server)
+        sending.wait()
+        receiving.wait()
+        return
+    arrived = {r: torch.empty_like(theta) for r in range(dist.get_world_size()) if r != server}
+    for one in [dist.irecv(buffer, r) for r, buffer in arrived.items()]:
+        one.wait()
+    theta.sub_(torch.stack(list(arrived.values())).mean(0), alpha=lr)
+    for one in [dist.isend(theta, r) for r in arrived]:
+        one.wait()
+
+
+# ---- may_proceed ----------------------------------------------------------------------------------------------
+
+
+@mistake("may_proceed", "exactly `staleness` steps ahead may still go on")
+def too_strict(clocks, worker, staleness):
+    return staleness is None or clocks[worker] - min(clocks) < staleness
+
+
+@mistake("may_proceed", "the wrong way round: it holds the slow worker back")
+def holds_the_slow_one(clocks, worker, staleness):
+    return staleness is None or max(clocks) - clocks[worker] <= staleness
+
+
+@mistake("may_proceed", "compared with the fastest")
+def looks_at_the_spread(clocks, worker, staleness):
+    return staleness is None or max(clocks) - min(clocks) <= staleness
+
+
+@mistake("may_proceed", "compared with the mean of the clocks")
+def looks_at_the_mean(clocks, worker, staleness):
+    return staleness is None or clocks[worker] - sum(clocks) / len(clocks) <= staleness
+
+
+@mistake("may_proceed", "True and False are swapped")
+def has_to_wait(clocks, worker, staleness):
+    return staleness is not None and clocks[worker] - min(clocks) > staleness
+
+
+@mistake("may_proceed", "NoneType")
+def forgets_none(clocks, worker, staleness):
+    return clocks[worker] - min(clocks) <= staleness
+
+
+@mistake("may_proceed", "staleness None means that nobody waits")
+def none_is_zero(clocks, worker, staleness):
+    return staleness is not None and clocks[worker] - min(clocks) <= staleness
+
+
+@mistake("may_proceed", "True or False is asked for")
+def how_far(clocks, worker, staleness):
+    return staleness is None or clocks[worker] - min(clocks)
+
+
+@mistake("may_proceed", "clocks was changed")
+def sorts_it(clocks, worker, staleness):
+    mine = clocks[worker]
+    clocks.sort()
+    return staleness is None or mine - clocks[0] <= staleness
+
+
+@mistake("may_proceed", "compared with worker 0's clock")
+def looks_at_worker_0(clocks, worker, staleness):
+    return staleness is None or clocks[worker] - clocks[0] <= staleness
+
+
+@right("may_proceed")
+def nobody_is_too_far_behind(clocks, worker, staleness):
+    if staleness is None:
+        return True
+    return all(clock >= clocks[worker] - staleness for clock in clocks)
+
+
+# ---- apply_stale ----------------------------------------------------------------------------------------------
+
+
+@mistake("apply_stale", "the gradient is applied with the full lr")
+def full_step(theta, gradient, computed_at, version, lr, limit):
+    if version - computed_at > limit:
+        return version
+    theta -= lr * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "nothing is dropped")
+def drops_nothing(theta, gradient, computed_at, version, lr, limit):
+    theta -= lr / (1 + version - computed_at) * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "a gradient exactly as stale as limit is dropped")
+def drops_one_too_many(theta, gradient, computed_at, version, lr, limit):
+    if version - computed_at >= limit:
+        return version
+    theta -= lr / (1 + version - computed_at) * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "a dropped gradient makes no new version")
+def counts_what_it_dropped(theta, gradient, computed_at, version, lr, limit):
+    if version - computed_at <= limit:
+        theta -= lr / (1 + version - computed_at) * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "theta is as it was before the call")
+def not_in_place(theta, gradient, computed_at, version, lr, limit):
+    if version - computed_at > limit:
+        return version
+    theta = theta - lr / (1 + version - computed_at) * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "division by zero")
+def divides_by_staleness(theta, gradient, computed_at, version, lr, limit):
+    stale = version - computed_at
+    if stale > limit:
+        return version
+    theta -= lr / stale * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "a gradient of staleness 1 gets half a step")
+def staleness_one_counts_full(theta, gradient, computed_at, version, lr, limit):
+    stale = version - computed_at
+    if stale > limit:
+        return version
+    theta -= lr / max(stale, 1) * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "it returns nothing (None): the version that theta has now is asked for")
+def returns_nothing(theta, gradient, computed_at, version, lr, limit):
+    stale = version - computed_at
+    if stale <= limit:
+        theta -= lr / (1 + stale) * gradient
+
+
+@mistake("apply_stale", "`gradient` was changed")
+def scales_the_gradient(theta, gradient, computed_at, version, lr, limit):
+    stale = version - computed_at
+    if stale > limit:
+        return version
+    gradient /= 1 + stale
+    theta -= lr * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "each gradient applied makes a new version")
+def never_counts(theta, gradient, computed_at, version, lr, limit):
+    stale = version - computed_at
+    if stale <= limit:
+        theta -= lr / (1 + stale) * gradient
+    return version
+
+
+@mistake("apply_stale", "it returns the staleness")
+def returns_the_staleness(theta, gradient, computed_at, version, lr, limit):
+    stale = version - computed_at
+    if stale <= limit:
+        theta -= lr / (1 + stale) * gradient
+    return stale
+
+
+@right("apply_stale")
+def by_sub(theta, gradient, computed_at, version, lr, limit):
+    fresh = version - computed_at <= limit
+    if fresh:
+        theta.sub_(gradient, alpha=lr / (version - computed_at + 1))
+    return version + int(fresh)
