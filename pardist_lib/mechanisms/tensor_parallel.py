@@ -6,6 +6,7 @@ without a change to its code; `full_state_dict` puts the parts together again.
 Source: Shoeybi et al., "Megatron-LM" (2019); the plan is written as torch.distributed.tensor.parallel's is.
 """
 
+import copy
 from collections import defaultdict
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,13 +14,29 @@ from functools import partial
 import torch
 from torch import nn
 
+from .parallel_attention import ParallelAttention
+from .parallel_conv import ParallelConv2d
 from .parallel_linear import ColumnParallelLinear, ParallelMLP, RowParallelLinear
+from .parallel_transformer import ParallelTransformerBlock
 from .splitting import first_ranks_copy, place_of, said
+from .vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
 __all__ = [
-    "ColumnParallelLinear", "RowParallelLinear", "ParallelMLP",
+    "ColumnParallelLinear", "RowParallelLinear", "ParallelMLP", "ParallelConv2d",
+    "ParallelAttention", "ParallelTransformerBlock", "VocabParallelEmbedding", "vocab_parallel_cross_entropy",
     "STYLES", "parallelize", "full_state_dict", "full_gradients",
 ]  # fmt: skip
+
+
+def _conv(split):
+    def style(module, group):
+        whole = copy.deepcopy(module)
+        for p in whole.parameters():
+            p.data = first_ranks_copy(p, group)  # from_module takes it as equal on all ranks
+        return ParallelConv2d.from_module(whole, group, split)
+
+    return style
+
 
 STYLES = {  # name in a plan: (module, group) → split module
     "column": ColumnParallelLinear.from_module,
@@ -27,6 +44,11 @@ STYLES = {  # name in a plan: (module, group) → split module
     "row": RowParallelLinear.from_module,
     "row, scattered": partial(RowParallelLinear.from_module, input_is_parallel=False),
     "mlp": ParallelMLP.from_module,
+    "attention": ParallelAttention.from_module,
+    "block": ParallelTransformerBlock.from_module,
+    "vocabulary": VocabParallelEmbedding.from_module,
+    "convolution, output channels": _conv("out"),
+    "convolution, input channels": _conv("in"),
 }
 
 
@@ -51,7 +73,7 @@ def parallelize(model, plan, group=None):
         _check_parent(model, name)
         try:
             parts[name] = style(module, group)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from None
         if not isinstance(parts[name], nn.Module):
             raise ValueError(f"{name}: its style returned a {type(parts[name]).__name__}, a module is asked for")
@@ -61,8 +83,7 @@ def parallelize(model, plan, group=None):
     for tensor in _not_split(model):
         tensor.data.copy_(first_ranks_copy(tensor, group))
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(hasattr(m, "to_module") for m in module.modules()):
-            module.activation_relu_or_gelu = 0  # else, in evaluation, torch takes the weights past their modules
+        _close_short_cuts(module)
     return model
 
 
@@ -82,6 +103,15 @@ def full_gradients(model):
     finally:
         for p, data in saved:
             p.data = data
+
+
+def _close_short_cuts(module):
+    """In evaluation torch's transformer layers take the weights of their parts without calling them: not any more."""
+    if any(hasattr(part, "to_module") for part in module.modules()):
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _not_split(module):
@@ -112,10 +142,8 @@ def _chosen(model, plan):
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     chosen, by = {}, {}
     for pattern, style in plan.items():
-        if isinstance(style, str) and style not in STYLES or not (isinstance(style, str) or callable(style)):
-            raise ValueError(
-                f"{pattern}: {style!r} is no style: there are {', '.join(map(repr, STYLES))}, or a function"
-            )
+        if not callable(style) and style not in STYLES:
+            raise ValueError(f"{pattern}: {style!r} is not one of the styles {', '.join(map(repr, STYLES))}")
         found = [name for name in names if fnmatchcase(name, pattern)]
         if not found:
             raise ValueError(f"no module is called {pattern!r}: the model has {', '.join(names[:20]) or 'none'}")
@@ -126,12 +154,11 @@ def _chosen(model, plan):
     for name in chosen:
         parents = [".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 1)]
         for parent in parents:
+            module = model.get_submodule(parent)
             if parent in chosen:
                 raise ValueError(f"{name} is inside {parent}, and the plan splits both ({by[name]!r}, {by[parent]!r})")
-            if hasattr(model.get_submodule(parent), "to_module"):
-                raise ValueError(
-                    f"{name} is inside {parent}, which is split already: {said(model.get_submodule(parent))}"
-                )
+            if hasattr(module, "to_module"):
+                raise ValueError(f"{name} is inside {parent}, which is split already: {said(module)}")
     return {name: chosen[name] for name in names if name in chosen}
 
 
