@@ -6,9 +6,11 @@ from .matmul import matmul
 from .plots import bars, curves, gradients
 from .processes import process_tree
 from .shards import held, shards
+from .staleness import stale_gradients
 from .table import Table
 from .timeline import timeline
 from .widgets import Live, contact_sheet, knobs, stepper
 
 __all__ = ["Live", "Picture", "Table", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "knobs",
-           "matmul", "process_tree", "ring_steps", "shards", "stepper", "timeline"]
+           "matmul", "process_tree", "ring_steps", "shards", "stale_gradients",
+           "stepper", "timeline"]

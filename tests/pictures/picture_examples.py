@@ -84,6 +84,9 @@ EXAMPLES = {
     "many curves": lambda: pictures.curves({f"a fairly long label {i}": np.add(LOSS, i) for i in range(6)}, log=True),
     "bars": lambda: pictures.bars({"all_reduce": [3_000_000] * 4, "broadcast": [1_000_000, 0, 0, 0]},
                                   {"all_reduce": 3_000_000, "broadcast": [1_000_000, 0, 0, 0]}, title="sent"),
+    "stale gradients": lambda: pictures.stale_gradients(
+        [(1, 0, 0), (2, 0, 1), (1, 1, 2), (3, 0, 3), (1, 3, 4), (2, 2, 5)], title="three workers"),
+    "many stale gradients": lambda: pictures.stale_gradients([(1 + i % 2, max(i - 1, 0), i) for i in range(60)]),
     "timeline": lambda: pictures.timeline(step_events()),
     "ring timeline": lambda: pictures.timeline(ring_events()),
     "process tree": lambda: pictures.process_tree(processes(8)),
