@@ -36,6 +36,8 @@ class VocabParallelEmbedding(nn.Module):
     dimension; None: every rank gets the whole result.
     """
 
+    split_dim = 0  # of the weight, as in ColumnParallelLinear: the two can share one
+
     def __init__(self, num_embeddings, embedding_dim, *, padding_idx=None, sequence_dim=None, group=None, device=None,
                  dtype=None):  # fmt: skip
         super().__init__()

@@ -1,4 +1,4 @@
-"""A whole transformer block split, without and with sequence parallelism: one process, DTensor, bytes, memory, dropout."""
+"""A transformer block split, without and with sequence parallelism: one process, DTensor, bytes, memory, dropout."""
 
 import pytest
 import torch
@@ -117,7 +117,8 @@ def test_any_shape_form_and_world(ranks_of, data):
     kv, groups, d = (data.draw(st.integers(1, most)) for most in (2, 2, 3))
     case = PLAIN | {
         "heads": n * kv * groups, "kv": n * kv, "width": n * kv * groups * d, "hidden": data.draw(st.integers(1, 9)),
-        "batch": data.draw(st.integers(1, 3)), "s": data.draw(st.integers(1, 9)), "form": data.draw(st.sampled_from(list(FORMS))),
+        "batch": data.draw(st.integers(1, 3)), "s": data.draw(st.integers(1, 9)),
+        "form": data.draw(st.sampled_from(list(FORMS))),
         "norm": data.draw(st.sampled_from(["layer", "rms"])), "chunks": data.draw(st.integers(1, 3)),
     }  # fmt: skip
     check(ranks_of(4), n, [case])
@@ -436,7 +437,7 @@ def test_dropout_is_alike_where_activations_are_whole_and_different_where_they_a
         (lambda P: P(20, 5), "5 heads cannot be split over 4 ranks"),
         (lambda P: P.from_module(P(8, 4)), "is split already"),
         (lambda P: P.from_module(nn.Linear(2, 2)), "splits TransformerBlock, not Linear"),
-        (lambda P: parallel_norm(nn.BatchNorm1d(4)), "nn.LayerNorm and nn.RMSNorm can work on a part .* not BatchNorm1d"),
+        (lambda P: parallel_norm(nn.BatchNorm1d(4)), "nn.LayerNorm and nn.RMSNorm can .* not BatchNorm1d"),
         (lambda P: parallel_norm(parallel_norm(nn.LayerNorm(4))), "not SequenceParallelLayerNorm"),
         (lambda P: P(8, 4, sequence_parallel=True)(torch.zeros(1, 3, 8), [3, 3]), "do not fit: 4 ranks"),
         (lambda P: P(8, 4, group="tp"), "group must be a process group"),

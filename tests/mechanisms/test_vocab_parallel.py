@@ -94,8 +94,8 @@ def test_a_new_embedding_is_part_of_what_one_process_would_draw(ranks_of):
 
 # ---- cross-entropy --------------------------------------------------------------------------------------------
 
-PLAIN = {"shape": (2, 5), "vocabulary": 11, "dtype": torch.float64, "reduction": "mean", "ignored": (), "smoothing": 0.0,
-         "scale": 1.0, "told": False, "ignore_index": -100}  # fmt: skip
+PLAIN = {"shape": (2, 5), "vocabulary": 11, "dtype": torch.float64, "reduction": "mean", "ignored": (),
+         "smoothing": 0.0, "scale": 1.0, "told": False, "ignore_index": -100}  # fmt: skip
 
 
 def inputs(shape, vocabulary, dtype, ignored, scale, ignore_index, **_):
@@ -160,7 +160,8 @@ def any_case(draw):
     many = torch.Size(shape).numel()
     return draw(st.integers(1, 4)), PLAIN | {
         "shape": shape, "vocabulary": draw(st.integers(1, 23)), "dtype": draw(st.sampled_from(list(CLOSE)[:2])),
-        "reduction": draw(st.sampled_from(["mean", "sum", "none"])), "smoothing": draw(st.sampled_from([0.0, 0.1, 0.5])),
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "smoothing": draw(st.sampled_from([0.0, 0.1, 0.5])),
         "scale": draw(st.sampled_from([1.0, 1000.0])), "told": draw(st.booleans()),
         "ignored": draw(st.lists(st.integers(0, many - 1), max_size=many - 1)),
     }  # fmt: skip
