@@ -101,6 +101,10 @@ class FlatShards:
 # ---- moving a line --------------------------------------------------------------------------------------------
 
 
+# their names since torch 2.13, and before
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # gloo's own collectives wake fewer threads, ours move fewer bytes (its reduce-scatter sends 1.5·S): measured with
 # 2 and 4 ranks on two cores, the two ways take as long at about a megabyte.
 RING_BYTES = 1 << 20
@@ -118,7 +122,7 @@ def reduce_scatter_line(line, sizes, group=None):
         return ring_reduce_scatter(line, mean, group=group)
     out = line.new_empty(sizes[dist.get_rank(group)])
     if len(set(sizes)) == 1:
-        dist.reduce_scatter_tensor(out, line, mean, group)
+        reduce_scatter_single(out, line, mean, group)
     else:
         dist.reduce_scatter(out, list(line.split(sizes)), mean, group)
     return out
@@ -129,7 +133,7 @@ def all_gather_line(line, shard, sizes, group=None):
     if len(sizes) == 1 or by_ring(line, sizes, group):
         ring_all_gather(shard, sizes, line, group)
     elif len(set(sizes)) == 1:
-        dist.all_gather_into_tensor(line, shard, group)
+        all_gather_single(line, shard, group)
     else:
         dist.all_gather(list(line.split(sizes)), shard, group)
 

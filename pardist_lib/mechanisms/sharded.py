@@ -138,10 +138,10 @@ class ShardedDataParallel(nn.Module):
                 unit.free()
         if self._depth == 0:
             self._order, self._running = self._running, []
-            for unit in self._units:
-                self._finish(unit)
-                if self.stage == 3 and unit not in self._order:
-                    unit.free()  # it was gathered in advance, and then not used
+            for other in self._units:
+                self._finish(other)
+                if self.stage == 3 and other not in self._order:
+                    other.free()  # it was gathered in advance, and then not used
 
     def _begin(self):
         """At the beginning of the outermost forward."""

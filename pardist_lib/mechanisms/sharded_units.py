@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import _world
 
 from .flat_shards import FlatShards
 
@@ -111,14 +113,24 @@ class _Done:
         return self.value
 
 
-_own_groups = {}  # a group is made once for each set of ranks: its threads and connections live as long as the process
-
-
 def _own_group(group):
-    members = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
-    key = members, (group or dist.group.WORLD).group_name
-    if key not in _own_groups:
-        _own_groups[key] = dist.new_group(
-            list(members), backend=dist.get_backend(group), use_local_synchronization=True
+    """A second process group of the same ranks, made once: its threads and connections live as long as the process.
+
+    dist.new_group would have to be called by ranks outside of the group too, or numbers its groups differently on
+    ranks that have made different ones before; so this does what it does, under a name of the group's own.
+    """
+    group = group or dist.group.WORLD
+    name = f"{group.group_name}.courier"
+    if _own_groups.get(name) not in _world.pg_map:
+        backend, store = _world.pg_map[group]
+        members = dist.get_process_group_ranks(group)
+        rank, backend = dist.get_rank(group), dist.Backend(backend)
+        own, _ = distributed_c10d._new_process_group_helper(
+            len(members), rank, members, backend, store, name, timeout=distributed_c10d._get_default_timeout(backend)
         )
-    return _own_groups[key]
+        _world.pg_group_ranks[own] = {member: i for i, member in enumerate(members)}
+        _own_groups[name] = own
+    return _own_groups[name]
+
+
+_own_groups = {}
