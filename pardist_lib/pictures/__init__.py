@@ -6,11 +6,12 @@ from .matmul import matmul
 from .plots import bars, curves, gradients
 from .processes import process_tree
 from .shards import held, shards
+from .split_gradients import split_gradients
 from .staleness import stale_gradients
 from .table import Table
 from .timeline import timeline
 from .widgets import Live, contact_sheet, knobs, stepper
 
 __all__ = ["Live", "Picture", "Table", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "knobs",
-           "matmul", "process_tree", "ring_steps", "shards", "stale_gradients",
+           "matmul", "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients",
            "stepper", "timeline"]

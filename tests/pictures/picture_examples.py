@@ -98,5 +98,9 @@ EXAMPLES = {
         np.ones((4, 6)), np.ones((6, 2)), np.ones((4, 2)),
         [np.kron(GRID, np.ones(block, int)) for block in ((2, 3), (3, 1), (2, 1))], panel=(0, 3), title="SUMMA",
         lines=["rank 0 → rank 1", "rank 2 → rank 3"]),
+    "split gradients": lambda: pictures.split_gradients({
+        "fc1.weight": (random(20, 10), np.split(random(20, 10), 4), 0),
+        "fc2.weight": (random(3, 8), np.split(random(3, 8) + 0.1, 4, 1), 1),
+        "fc2.bias": (random(10), [random(10)] * 4, None)}, title="over 4 ranks"),
     "contact sheet": lambda: pictures.contact_sheet(pictures.ring_steps(ring_states(3))),
 }
