@@ -1,0 +1,331 @@
+"""What training a transformer costs, as formulas: parameters, floating-point operations, bytes on a rank.
+
+Nothing here is measured. The letters are the papers': h hidden, l layers, a heads, V vocabulary, s sequence, b
+micro-batch, B batch (both in sequences), t, p, d, c, e: ranks along the tensor-, pipeline-, data-, context- and
+expert-parallel axis. All functions also take a `Plan` whose fields are NumPy arrays, and then give arrays: that is how
+planner.py looks at thousands of plans at once. Bytes are bytes: 80e9 is 80 GB, 80 * 2**30 is 80 GiB.
+
+Sources: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM" (SC'21),
+section 5.1 and appendix; Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022),
+section 4; Rajbhandari et al., "ZeRO" (2020), section 3.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RECOMPUTE = ("none", "selective", "full")
+STATES = {  # bytes for each parameter: weights, gradients, optimizer
+    "mixed": (2, 2, 12),  # 16-bit weights and gradients; float32 master weights and Adam's two moments: 16 in all
+    "mixed, float32 gradients": (2, 4, 12),  # 18, as Megatron's
+    "float32": (4, 4, 8),  # 16: no master weights
+}
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """A decoder-only transformer, by the numbers that its cost depends on. Defaults: GPT-2's and Megatron's kind.
+
+    hidden, layers, heads, vocab, sequence   h, l, a, V, s
+    ffn        width inside the MLP; None: 4·hidden
+    kv_heads   heads of keys and values (grouped-query attention); None: as many as heads
+    head_dim   None: hidden / heads
+    gated      the MLP has three matrices (SwiGLU), else two
+    bias       of the linear layers
+    rms_norm   norms with a weight only (RMSNorm), else weight and bias (LayerNorm)
+    positions  learned, s·h of them; False: none (rotary)
+    tied       the output layer uses the embedding's weights
+    dropout    three in each layer: its masks, and the attention's dropped copy, are kept for backward
+    experts    MLPs in each layer, of which every token visits `active` (mixture of experts)
+
+    Raises ValueError where heads do not divide what they have to.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    vocab: int
+    sequence: int
+    ffn: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    gated: bool = False
+    bias: bool = True
+    rms_norm: bool = False
+    positions: bool = True
+    tied: bool = True
+    dropout: bool = True
+    experts: int = 1
+    active: int = 1
+
+    def __post_init__(self):
+        given = {"ffn": 4 * self.hidden, "kv_heads": self.heads, "head_dim": self.hidden // max(self.heads, 1)}
+        for name, default in given.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        for name in ("hidden", "layers", "heads", "vocab", "sequence", *given, "experts", "active"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is a whole number from 1 on, not {getattr(self, name)!r}")
+        if self.heads * self.head_dim != self.hidden and self.hidden % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide hidden {self.hidden}: give head_dim")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.kv_heads} heads of keys and values do not divide {self.heads} heads")
+        if self.active > self.experts:
+            raise ValueError(f"a token cannot visit {self.active} of {self.experts} experts")
+
+    @property
+    def query(self):
+        """Width of all heads' queries."""
+        return self.heads * self.head_dim
+
+    @property
+    def key(self):
+        """Width of all heads' keys, and of their values."""
+        return self.kv_heads * self.head_dim
+
+    def layer_parts(self):
+        """Parameters of a layer, as {"split", "whole", "expert"}: what tensor parallelism splits, what every rank
+        has (norms, the bias of a row-parallel layer, the router), and the part of "split" that one expert has."""
+        fan_in = 2 if self.gated else 1
+        expert = self.hidden * self.ffn * (fan_in + 1) + (fan_in * self.ffn if self.bias else 0)
+        attention = self.hidden * (2 * self.query + 2 * self.key) + (self.query + 2 * self.key if self.bias else 0)
+        norms = 2 * self.hidden * (1 if self.rms_norm else 2)
+        rows = self.hidden * (1 + self.experts) if self.bias else 0
+        router = self.hidden * self.experts if self.experts > 1 else 0
+        return {"split": attention + self.experts * expert, "whole": norms + rows + router, "expert": expert}
+
+    def parameters(self):
+        """All parameters. For Megatron's models 12lh²(1 + 13/(12h) + (V + s)/(12lh)) (SC'21, equation 2), and the
+        2h of the last norm, which that equation leaves out."""
+        parts = self.layer_parts()
+        norm = self.hidden * (1 if self.rms_norm else 2)
+        tables = (1 if self.tied else 2) * self.vocab * self.hidden + self.positions * self.sequence * self.hidden
+        return self.layers * (parts["split"] + parts["whole"]) + tables + norm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a batch is trained on dp·tp·pp·cp ranks (ep is inside dp).
+
+    dp, tp, pp, cp, ep   data-, tensor-, pipeline-, context- and expert-parallel ranks
+    micro    sequences in a micro-batch
+    v        chunks of layers on each pipeline stage (interleaved schedule); 1: 1F1B
+    sp       sequence parallelism along the tensor-parallel axis, what is gathered being gathered again in backward
+    zero     0 to 3: what the data-parallel ranks share of optimizer (1), gradients (2), weights (3)
+    recompute  "none"; "selective": what is as large as heads × sequence²; "full": whole layers
+    """
+
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    micro: int = 1
+    v: int = 1
+    sp: bool = False
+    zero: int = 0
+    recompute: str = "none"
+
+    @property
+    def gpus(self):
+        return self.dp * self.tp * self.pp * self.cp
+
+    def __str__(self):
+        axes = [f"{name}{getattr(self, name)}" for name in ("tp", "cp", "ep", "pp", "dp") if getattr(self, name) > 1]
+        extra = [f"v{self.v}"] if self.v > 1 else []
+        extra += ["sp"] if self.sp else []
+        extra += [f"zero{self.zero}"] if self.zero else []
+        extra += [f"recompute {self.recompute}"] if self.recompute != "none" else []
+        return " ".join([" × ".join(axes) or "one rank", *extra, f"micro {self.micro}"])
+
+
+def check(model, plan, batch):
+    """Raises ValueError where a plan cannot be, with the nearest number that can."""
+    rules = [
+        ("tp", model.heads, "heads"),
+        ("tp", model.kv_heads if plan.tp <= model.kv_heads else plan.tp, "heads of keys and values"),
+        ("cp", model.sequence, "tokens of a sequence"),
+        ("ep", model.experts, "experts"),
+        ("ep", plan.dp, "data-parallel ranks"),
+        ("dp", batch, "sequences of a batch"),
+    ]
+    for name, whole, what in rules:
+        if whole % getattr(plan, name):
+            raise ValueError(f"{name} {getattr(plan, name)} does not divide {whole} {what}: {_near(plan, name, whole)}")
+    if model.layers % (plan.pp * plan.v):
+        fits = [p for p in range(1, model.layers + 1) if model.layers % (p * plan.v) == 0]
+        nearest = min(fits, key=lambda p: abs(p - plan.pp)) if fits else 1
+        raise ValueError(
+            f"{model.layers} layers do not make {plan.pp} stages of {plan.v} equal chunks: pp {nearest} does"
+            + ("" if fits else " with v 1")
+        )
+    if batch // plan.dp % plan.micro:
+        whole = batch // plan.dp
+        raise ValueError(f"micro {plan.micro} does not divide {whole} sequences a rank: {_near(plan, 'micro', whole)}")
+    if plan.v > 1 and (plan.pp == 1 or micro_batches(plan, batch) % plan.pp):
+        raise ValueError(
+            f"v {plan.v}: chunks need a pipeline, and pp {plan.pp} has to divide the {micro_batches(plan, batch)} "
+            "micro-batches; v 1 needs neither"
+        )
+    if plan.recompute not in RECOMPUTE or plan.zero not in range(4):
+        raise ValueError(f"recompute is one of {RECOMPUTE} and zero 0 to 3, not {plan.recompute!r}, {plan.zero!r}")
+    if plan.sp and plan.tp == 1:
+        raise ValueError("sp shares the sequence among tensor-parallel ranks: with tp 1 there are none")
+
+
+def _near(plan, name, whole):
+    fits = [n for n in range(1, whole + 1) if whole % n == 0]
+    return f"{name} {min(fits, key=lambda n: abs(n - getattr(plan, name)))} does"
+
+
+def micro_batches(plan, batch):
+    """m: micro-batches that each pipeline works on in a step."""
+    return batch // (plan.dp * plan.micro)
+
+
+# ---- floating-point operations --------------------------------------------------------------------------------
+
+
+def training_flops(model, batch, recompute="none"):
+    """Floating-point operations of a step on `batch` sequences, by all ranks together; a multiply-add counts two.
+
+    Matrix products only, as is usual. Attention counts all s² scores, as the papers do, though a causal kernel can
+    leave out half. Backward is twice forward. With recompute="full" the layers run forward once more, and this is
+    96Bslh²(1 + s/(6h) + V/(16lh)) for Megatron's models (SC'21, equation 3); with "selective" the scores do.
+    Model FLOPs (for MFU) are those with recompute="none".
+    """
+    again = {"none": (0, 0), "selective": (0, 1), "full": (1, 1)}
+    if recompute not in again:
+        raise ValueError(f"recompute is one of {', '.join(again)}, not {recompute!r}")
+    products, scores, logits = forward_flops(model)
+    more_products, more_scores = again[recompute]
+    a_token = model.layers * ((3 + more_products) * products + (3 + more_scores) * scores) + 3 * logits
+    return batch * model.sequence * a_token
+
+
+def forward_flops(model):
+    """(a layer's products with weights, its attention's scores and what they weigh, the logits): for one token."""
+    expert = model.hidden * model.ffn * (3 if model.gated else 2)
+    router = model.hidden * model.experts if model.experts > 1 else 0
+    weights = model.hidden * (2 * model.query + 2 * model.key) + model.active * expert + router
+    return 2 * weights, 4 * model.sequence * model.query, 2 * model.hidden * model.vocab
+
+
+def training_seconds(model, tokens, gpus, flops):
+    """8TP/(nX): seconds to train on T `tokens` with n `gpus` that each sustain X `flops` a second, layers being
+    recomputed (SC'21, equation 4, which leaves attention's scores and the logits out)."""
+    if min(tokens, gpus, flops) <= 0:
+        raise ValueError(f"tokens, gpus and flops are above 0, not {tokens!r}, {gpus!r}, {flops!r}")
+    return 8 * tokens * model.parameters() / (gpus * flops)
+
+
+# ---- bytes on a rank ------------------------------------------------------------------------------------------
+
+
+def training_memory(model, plan, batch=None, states="mixed", element=None):
+    """Bytes on the fullest rank: {"parameters", "gradients", "optimizer", "activations", "total"}.
+
+    states   one of STATES, or bytes for a parameter's (weight, gradient, optimizer)
+    element  bytes of an activation; None: as a weight has. A dropout mask's element is 1 byte, a logit 4.
+    batch    sequences in all: a pipeline holds no more micro-batches than there are
+
+    Adam's kind of optimizer. With ZeRO-3 two layers' whole weights are counted on top: one in use, one arriving.
+    Not counted: what a library holds besides (buffers of nccl, fragments, the CUDA context).
+    """
+    weight, gradient, optimizer = STATES[states] if isinstance(states, str) else states
+    element = weight if element is None else element
+    if not isinstance(plan.recompute, np.ndarray):
+        check(model, plan, plan.dp * plan.micro * plan.pp if batch is None else batch)
+    stages = {}
+    for stage in ("first", "last"):
+        common, expert = stage_parameters(model, plan, stage)
+        sharers = plan.dp * plan.cp  # ZeRO also shares among the ranks of a context, who hold the same weights
+        zero, shared = np.asarray(plan.zero), common / sharers + expert / (sharers / plan.ep)
+        gathered = 2 * _layer(model, plan) / plan.tp if weight else 0
+        stages[stage] = {
+            "parameters": weight * np.where(zero >= 3, shared + gathered, common + expert),
+            "gradients": gradient * np.where(zero >= 2, shared, common + expert),
+            "optimizer": optimizer * np.where(zero >= 1, shared, common + expert),
+            "activations": activations(model, plan, stage, element, batch),
+        }
+        stages[stage]["total"] = sum(stages[stage].values())
+    first, last = stages["first"], stages["last"]
+    fuller = first["total"] >= last["total"]
+    return {kind: _plain(np.where(fuller, first[kind], last[kind])) for kind in first}
+
+
+def stage_parameters(model, plan, stage="first"):
+    """(parameters outside the experts, parameters of the experts) on a rank of the first or the last stage.
+
+    A single stage is both. A tied output layer has the embedding's weights once more where it is on another stage.
+    """
+    parts, layers = model.layer_parts(), model.layers / plan.pp
+    experts = layers * parts["expert"] * (model.experts if model.experts > 1 else 0)
+    common = layers * (parts["split"] / plan.tp + parts["whole"]) - experts / plan.tp
+    table, one = model.vocab * model.hidden / plan.tp, np.asarray(plan.pp) == 1
+    positions, norm = model.positions * model.sequence * model.hidden, model.hidden * (1 if model.rms_norm else 2)
+    if stage == "first":
+        common = common + table + positions + np.where(one, norm + (0 if model.tied else table), 0)
+    else:
+        common = common + table + norm + np.where(one, positions + (0 if model.tied else table), 0)
+    return common, experts / (plan.tp * plan.ep)
+
+
+def _layer(model, plan):
+    """Weights that are gathered at once: a layer's, with this rank's experts."""
+    parts = model.layer_parts()
+    experts = parts["expert"] * model.experts if model.experts > 1 else 0
+    return parts["split"] - experts + experts / plan.ep
+
+
+def layer_activations(model, plan, element=2):
+    """Bytes that one layer keeps for backward, of one micro-batch on one rank.
+
+    For Megatron's models with 2-byte elements: sbh(34 + 5as/h) on one rank; sbh(10 + 24/t + 5as/(ht)) with tensor
+    parallelism, sbh(34/t + 5as/(ht)) with sequence parallelism too; "selective" leaves out 5as/h; "full" keeps the
+    layer's input, 2sbh (Korthikanti et al., table 2, equations 1, 2, 4, 6). A gated MLP is counted as eager torch
+    keeps it: gate, its SiLU, the other half, their product.
+    """
+    tokens = model.sequence * plan.micro / plan.cp
+    mask = 1 if model.dropout else 0
+    # beside the split layers: inputs of the two norms and what comes out of them, two dropouts' masks
+    whole = 4 * element * model.hidden + 2 * mask * model.hidden
+    split = element * (2 * model.query + 2 * model.key) + element * (4 if model.gated else 2) * model.active * model.ffn
+    if model.experts > 1:  # each token's copies on their way to the experts and back
+        split = split + 2 * element * model.active * model.hidden * plan.tp
+    scores = model.heads * model.sequence * (element + (mask + element if model.dropout else 0))
+    share = np.where(plan.sp, plan.tp, 1)
+    kept = whole / share + (split + np.where(_is(plan, "none"), scores, 0)) / plan.tp
+    return tokens * np.where(_is(plan, "full"), element * model.hidden / share, kept)
+
+
+def activations(model, plan, stage="first", element=2, batch=None):
+    """Bytes of activations on a rank of the first or the last pipeline stage, at its fullest moment.
+
+    The first stage holds p micro-batches of its l/p layers: as much as one micro-batch of all layers; with chunks
+    (1 + (p − 1)/(pv)) times that (Korthikanti et al., section 4.2.3). The last holds one, and the logits. With
+    recompute="full" the layer that runs again has all its activations meanwhile.
+    """
+    layers, share = model.layers / plan.pp, np.where(plan.sp, plan.tp, 1)
+    flight = np.where(np.asarray(plan.v) > 1, plan.pp * (1 + (plan.pp - 1) / (plan.pp * plan.v)), plan.pp)
+    if batch is not None:
+        flight = np.minimum(flight, micro_batches(plan, batch))
+    tokens, one = model.sequence * plan.micro / plan.cp, np.asarray(plan.pp) == 1
+    working = Plan(micro=plan.micro, tp=plan.tp, cp=plan.cp, sp=plan.sp, ep=plan.ep)
+    again = np.where(_is(plan, "full"), layer_activations(model, working, element), 0)
+    embedding = (1 if model.dropout else 0) * tokens * model.hidden / share  # its dropout's mask
+    head = tokens * (2 * element * model.hidden / share + 4 * model.vocab / plan.tp)
+    in_first = embedding * flight + np.where(one, head, 0)
+    in_last = head + np.where(one, embedding, 0)
+    held = flight if stage == "first" else 1 + (np.asarray(plan.v) - 1) / plan.v
+    held = np.where(one, 1, held)
+    return layers * held * layer_activations(model, plan, element) + again + (in_first if stage == "first" else in_last)
+
+
+def _is(plan, recompute):
+    return np.asarray(plan.recompute) == recompute
+
+
+def _plain(value):
+    """A number as a number, many as an array."""
+    return value.item() if np.ndim(value) == 0 else value
