@@ -35,6 +35,7 @@ def matmul(b, c, a, owners, *, summands=(), panel=None, title="", note="", lines
     tall = min(CELL[1], 4.6 / (k + m))
     across = LEFT + k * wide + GAP + w * wide
     ranks = sorted({int(o) for each in owners for o in each.flat})
+    ranks = [] if ranks == [EVERY] else ranks  # in one process there is nothing to tell apart
     key = LEFT + 0.62 + text_width("every rank", 9) + 0.2
     left = max(LEFT, key - k * wide - GAP + 0.1)  # the corner above B has room for who is who
     down = TOP + LABEL + max(k * tall, 0.26 * len(ranks)) + GAP + m * tall
