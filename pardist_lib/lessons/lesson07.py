@@ -1,0 +1,503 @@
+"""The exercises of lesson 07: hints, and how an answer is checked."""
+
+import gc
+
+import torch
+import torch.distributed as dist
+
+from .cases import number, numbers, values
+from .judge import Wrong, only_calls, same, type_of
+from .watch import _under_way, watched
+
+F32, F64 = torch.float32, torch.float64
+
+
+class padded_shard:
+    hints = (
+        "All n shards together must have room for numel elements: how long is the shortest shard that does it? "
+        "-(-a // b) is a / b rounded up.",
+        "Without regard to the end of the line the rank's shard is rank * length to (rank + 1) * length. Both can lie "
+        "beyond numel: min(…, numel) cuts them off.",
+        "What is missing to the full length is padding: length - (stop - start).",
+    )
+
+    @staticmethod
+    def check(run):
+        cases = [(8, 4), (10, 4), (7, 3), (5, 4), (3, 4), (0, 2), (6, 1), (1_000_003, 64)]
+        [seen] = run(_all_shards, cases, n=1)
+        for (numel, n), shards in zip(cases, seen.result, strict=True):
+            _judge_shards(numel, n, shards)
+
+
+def _all_shards(answer, cases):
+    return watched(lambda: [[answer(numel, rank, n) for rank in range(n)] for numel, n in cases])
+
+
+def _judge_shards(numel, n, shards):
+    length = -(-numel // n)
+    right = [(min(r * length, numel), min((r + 1) * length, numel)) for r in range(n)]
+    right = [(start, stop, length - (stop - start)) for start, stop in right]
+    for rank, (got, want) in enumerate(zip(shards, right, strict=True)):
+        where = f"rank {rank}, {numel:,} elements on {n} rank{'s' * (n > 1)}"
+        shown = {"expected": str(want), "got": str(got)}
+        if not isinstance(got, (tuple, list)) or len(got) != 3:
+            raise Wrong(f"it returns {type_of(got)}: three whole numbers (start, stop, padding) are asked for", where)
+        if any(not isinstance(v, int) or isinstance(v, bool) for v in got):
+            raise Wrong("whole numbers are asked for: use // instead of /", where, **shown)
+        if tuple(got) != want:
+            raise Wrong(_why(numel, n, rank, got, want, length), where, **shown)
+
+
+def _why(numel, n, rank, got, want, length):
+    start, stop, padding = got
+    down, (start_wanted, stop_wanted, _) = numel // n, want
+    if numel % n and stop - start == down and length > down and stop == (rank + 1) * down:
+        return f"shards of {down} elements hold {n * down} of {numel}: the length has to be rounded up"
+    if stop > numel:
+        return f"stop is {stop}, but the line has {numel} elements: what lies beyond is padding"
+    if start > stop:
+        return f"start {start} is beyond stop {stop}: a shard of padding alone begins and ends at {numel}"
+    if (start, stop) == (start_wanted, stop_wanted):
+        if padding == n * length - numel:
+            return f"padding {padding} is what the whole line needs: each shard has only its own part of it"
+        return f"start and stop are right, padding is not: shards are {length} long with it"
+    uneven = [down + (r < numel % n) for r in range(n)]
+    if (start, stop) == (sum(uneven[:rank]), sum(uneven[: rank + 1])):
+        return "this cuts the line evenly: with padding, every shard but the last ones is full"
+    if start == start_wanted and stop == stop_wanted - 1:
+        return "stop is one too small: line[start:stop] does not include it"
+    return f"with padding every shard is {length} long, and rank {rank}'s begins at {rank} · {length}"
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------
+
+
+class zero_memory:
+    hints = (
+        "Three kinds, each with its own bytes a parameter: parameters, gradients, optimizer state. Each is either "
+        "held whole by every rank, or one n-th of it.",
+        "Stage 1 shards the state, stage 2 the gradients as well, stage 3 the parameters as well.",
+        "held = parameter_bytes / (n if stage >= 3 else 1), and so on for the two others; times parameters.",
+    )
+
+    @staticmethod
+    def check(run):
+        inputs, labels = [], []
+        for stage in range(4):
+            for psi, n, *kinds in ((1_000_000, 4), (7_500_000_000, 64, 2, 2, 12), (1000, 3, 4, 2, 1), (100, 1)):
+                inputs.append((psi, n, stage, *(kinds or (4, 4, 8))))
+                about = "" if not kinds else f", {kinds[0]} + {kinds[1]} + {kinds[2]} bytes"
+                labels.append(f"{psi:,} parameters, {n} rank{'s' * (n > 1)}, stage {stage}{about}")
+
+        def held(psi, n, stage, p=4, g=4, s=8):
+            return psi * (p / (n if stage > 2 else 1) + g / (n if stage > 1 else 1) + s / (n if stage > 0 else 1))
+
+        mistakes = [
+            ("the bytes of each kind are ignored: 4, 4 and 8 are only their defaults",
+             lambda psi, n, stage, *kinds: held(psi, n, stage)),
+            ("the stages are shifted by one: stage 0 shards nothing",
+             lambda psi, n, stage, *kinds: held(psi, n, stage + 1, *kinds)),
+            ("the stages are shifted by one: stage 1 shards the optimizer's state",
+             lambda psi, n, stage, *kinds: held(psi, n, stage - 1, *kinds)),
+            ("each stage shards only its own kind here: stage 2 shards the state too, stage 3 all three",
+             lambda psi, n, stage, p, g, s: psi * (p / (n if stage == 3 else 1) + g / (n if stage == 2 else 1)
+                                                   + s / (n if stage == 1 else 1))),
+            ("this is for all ranks together: one rank is asked for",
+             lambda psi, n, stage, *kinds: n * held(psi, n, stage, *kinds)),
+            ("the order is wrong: first the optimizer's state is sharded, the parameters last",
+             lambda psi, n, stage, p, g, s: held(psi, n, stage, s, g, p)),
+            ("at every stage everything is divided by n", lambda psi, n, stage, *kinds: psi * sum(kinds) / n),
+            ("nothing is divided by n: what is sharded is held to one n-th", lambda psi, n, stage, *kinds:
+             psi * sum(kinds)),
+            ("this is in GB: bytes are asked for", lambda *args: held(*args) / 1e9),
+            ("at stage 1 the gradients are still whole: only stage 2 shards them",
+             lambda psi, n, stage, p, g, s: psi * (p / (n if stage > 2 else 1) + (g + s) / (n if stage > 0 else 1))),
+        ]  # fmt: skip
+        numbers(run, inputs, [held(*args) for args in inputs], labels, mistakes)
+
+
+# ---- a step of ZeRO-1 -----------------------------------------------------------------------------------------
+
+LR, BETA, STEPS = 0.1, 0.9, 2
+
+
+def _start(k, n, dtype, seed):
+    """(parameters, whole momentum, [gradients of each rank, for each step])"""
+    gradients = [[values((k,), dtype, rank, seed + 10 * (step + 1)) for rank in range(n)] for step in range(STEPS)]
+    return values((k,), dtype, 0, seed), values((k,), dtype, 77, seed), gradients
+
+
+def _counted(seen, n):
+    """`seen`, where a reduce_scatter of a list is one call: gloo makes n of it, and torch counts those."""
+    seen.hidden = max(0, seen.hidden - (n - 1) * sum(call.op == "reduce_scatter" for call in seen.calls))
+    return seen
+
+
+def _take_steps(answer, k, dtype, seed):
+    rank, n = dist.get_rank(), dist.get_world_size()
+    parameters, momentum, gradients = _start(k, n, dtype, seed)
+    parameters, momentum = parameters.clone(), momentum.chunk(n)[rank].clone()
+    seen = watched(lambda: [answer(parameters, g[rank].clone(), momentum, LR, BETA) for g in gradients][-1])
+    seen.kept = {"parameters": parameters, "momentum": momentum}
+    return _counted(seen, n)
+
+
+def _by_rule(k, n, dtype, seed, mean=None, rule=None, gathered=True):
+    """(every rank's parameters, every rank's momentum) after the steps, by the right rule or a mistaken one."""
+    parameters, momentum, gradients = _start(k, n, dtype, seed)
+    mean = mean or (lambda g, rank: sum(g) / n)
+    rule = rule or (lambda p, m, g: (p - LR * (BETA * m + g), BETA * m + g))
+    shards = [list(parameters.chunk(n)) for _ in range(n)]
+    momenta = list(momentum.chunk(n))
+    for g in gradients:
+        for rank in range(n):
+            own = mean(g, rank).chunk(n)[rank]
+            shards[rank][rank], momenta[rank] = rule(shards[rank][rank], momenta[rank], own)
+        if gathered:
+            shards = [[shards[owner][owner] for owner in range(n)]] * n
+            shards = [list(s) for s in shards]
+    return [torch.cat(s) for s in shards], momenta
+
+
+ONLY_SHARDS = {
+    "all_reduce": "it calls all_reduce, which brings the whole mean to every rank: a rank needs its own n-th, and "
+    "reduce_scatter brings that for half the bytes",
+    "broadcast": "it broadcasts: one all_gather brings every rank's shard to all",
+    "": "it calls {op}: one reduce_scatter and one all_gather do it",
+}
+
+
+class zero1_step:
+    hints = (
+        "Three parts: dist.reduce_scatter(mean, list(gradients.chunk(n))) leaves the sum of everybody's rank-th n-th "
+        "in `mean`; then the optimizer's rule on that n-th; then an all_gather of the parameters.",
+        "reduce_scatter gives a sum: divide by n. The rule in place: momentum.mul_(beta).add_(mean), then "
+        "parameters.chunk(n)[rank] -= lr * momentum.",
+        "chunk gives views, so dist.all_gather(list(parameters.chunk(n)), mine.clone()) writes into parameters.",
+    )
+
+    @staticmethod
+    def check(run):
+        for seed, (n, k, dtype) in enumerate([(4, 8, F32), (4, 20, F64), (3, 9, F64), (2, 6, F32), (4, 4096, F32)]):
+            about = f"{STEPS} steps with {k} parameters, {str(dtype)[6:]}, on {n} ranks"
+            seen = run(_take_steps, k, dtype, seed, n=n, about=about)
+            only_calls(seen, ("reduce_scatter", "all_gather", "all_to_all", "send", "recv"), ONLY_SHARDS)
+            try:
+                _judge_step(seen, n, k, dtype, seed, about)
+            except Wrong as wrong:
+                if seed == 2:
+                    wrong.diagnosis = (
+                        f"it works with 4 ranks, but not with 3 (is a 4 written into it?): {wrong.diagnosis}"
+                    )
+                raise
+
+
+def _judge_step(seen, n, k, dtype, seed, about):
+    case = k, n, dtype, seed
+    parameters, momentum, _ = _start(*case)
+    expected, momenta = _by_rule(*case)
+    rules = {
+        f"the sum was not divided by {n}, the number of ranks": _by_rule(*case, lambda g, _: sum(g)),
+        f"divided twice by {n}": _by_rule(*case, lambda g, _: sum(g) / n**2),
+        "nothing was reduced: each shard is updated with its owner's gradient alone": _by_rule(
+            *case, lambda g, r: g[r]
+        ),
+        "the shards were not gathered: a rank has updated its own n-th only": _by_rule(*case, gathered=False),
+        "the sign is wrong: parameters go down along the momentum": _by_rule(
+            *case, rule=lambda p, m, g: (p + LR * (BETA * m + g), BETA * m + g)
+        ),
+        "the step uses the gradient instead of the new momentum": _by_rule(
+            *case, rule=lambda p, m, g: (p - LR * g, BETA * m + g)
+        ),
+        "the parameters are updated before the momentum: the step uses the old one": _by_rule(
+            *case, rule=lambda p, m, g: (p - LR * m, BETA * m + g)
+        ),
+        "the gradient is multiplied by 1 - beta: momentum is beta * momentum + gradient": _by_rule(
+            *case, rule=lambda p, m, g: (p - LR * (BETA * m + (1 - BETA) * g), BETA * m + (1 - BETA) * g)
+        ),
+        "the momentum is never kept: write it into `momentum`, the next step needs it": _by_rule(
+            *case, rule=lambda p, m, g: (p - LR * (BETA * m + g), m)
+        ),
+        "the old momentum is lost: momentum is beta * momentum + gradient": _by_rule(
+            *case, rule=lambda p, m, g: (p - LR * g, g)
+        ),
+    }
+    mistakes = [(why, would[0]) for why, would in rules.items()]
+    backwards = torch.cat(list(expected[0].chunk(n))[::-1])
+    mistakes.append(("the shards are in the wrong order: shard r is rank r's", [backwards] * n))
+    mistakes.append(("parameters are as they were: write the gathered shards into them", [parameters] * n))
+    same([s.kept["parameters"] for s in seen], expected, "parameters", about, mistakes)
+    same([s.kept["momentum"] for s in seen], momenta, "momentum", about,
+         [("the momentum is never kept: write it into `momentum`", list(momentum.chunk(n)))])  # fmt: skip
+    _judge_moved(seen, n, STEPS * parameters.nbytes, 2, about)
+
+
+def _judge_moved(seen, n, size, times, about):
+    """Raise Wrong where more than `times`·(n − 1)/n·size bytes leave a rank."""
+    enough = times * (n - 1) * size // n
+    for rank, one in enumerate(seen):
+        made = _moved(one.calls, n)
+        if made > enough:
+            raise Wrong(
+                f"the result is right, but {made:,.0f} bytes leave a rank where {enough:,} are enough: "
+                "is something moved whole, or twice?",
+                f"rank {rank}, {about}", f"{enough:,} bytes", f"{made:,.0f} bytes",
+            )  # fmt: skip
+
+
+def _moved(calls, n):
+    """Bytes that leave a rank for these calls, as the best implementation would send them. (A call's bytes are those
+    of the tensor that it fills: one n-th for a reduce_scatter, all for an all_gather.)"""
+    share = {"reduce_scatter": n - 1, "all_to_all": (n - 1) / n, "all_gather": (n - 1) / n, "send": 1, "recv": 0}
+    return sum(call.bytes * share[call.op] for call in calls)
+
+
+# ---- a layer of ZeRO-3 ----------------------------------------------------------------------------------------
+
+WHOLE_KEPT = (
+    "something of {:,} bytes is kept from forward to backward, as large as the whole weight: save the shard, and "
+    "gather it again in backward"
+)
+
+
+def _layers(seed, rank, sizes, batch, dtype):
+    """(x, [whole weight of each layer], gradient of the output)"""
+    weights = [values((b, a), dtype, 50 + i, seed) for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))]
+    return values((batch, sizes[0]), dtype, rank, seed), weights, values((batch, sizes[-1]), dtype, 20 + rank, seed)
+
+
+def _use(answer, seed, sizes, batch, dtype):
+    rank, n = dist.get_rank(), dist.get_world_size()
+    x, weights, gradient = _layers(seed, rank, sizes, batch, dtype)
+    shards = [w.flatten().chunk(n)[rank].clone().requires_grad_() for w in weights]
+    x.requires_grad_()
+    least, saved = min(w.nbytes for w in weights), []
+    gc.collect()
+    before = {id(t) for t in _tensors(least)}
+
+    def forward():
+        y = x
+        for shard, weight in zip(shards, weights, strict=True):
+            y = answer(y, shard, len(weight))
+        return y
+
+    outputs = []  # what `watched` returns is a copy without a graph
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
+        seen = watched(lambda: outputs.append(forward()) or outputs[0])
+    _under_way.clear()  # else what the calls filled would be alive still
+    gc.collect()
+    found = [t.untyped_storage().nbytes() for t in _tensors(least) if id(t) not in before]
+    large = [nbytes for nbytes in saved if nbytes >= least]
+    seen.kept = {"graph": isinstance(outputs[0], torch.Tensor) and outputs[0].requires_grad}
+    seen.kept |= {"saved": max(large + found, default=0), "backward": None}
+    if seen.kept["graph"] and outputs[0].shape == gradient.shape:
+        after = _counted(watched(lambda: outputs[0].backward(gradient)), n)
+        seen.kept |= {"backward": after.calls, "x": x.grad, "shards": [s.grad for s in shards]}
+        for name in ("reference", "torchs", "hidden", "unwaited"):
+            setattr(seen, name, getattr(seen, name) or getattr(after, name))
+    return seen
+
+
+def _tensors(least):
+    """The tensors that are alive and at least so large."""
+    return [t for t in gc.get_objects() if type(t) is torch.Tensor and _storage(t) >= least]
+
+
+def _storage(tensor):
+    try:
+        return tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):  # a tensor without memory of its own
+        return 0
+
+
+NO_OTHER = {
+    "all_reduce": "it calls all_reduce, which brings the whole gradient to every rank: a rank keeps its own n-th, and "
+    "reduce_scatter brings that for half the bytes",
+    "": "it calls {op}: all_gather and reduce_scatter do it",
+}
+
+
+class sharded_linear:
+    hints = (
+        "torch.autograd.Function is a class with two static methods: forward(ctx, x, shard) returns the output, "
+        "backward(ctx, gradient) returns one gradient for each argument of forward. ctx.save_for_backward(…) keeps "
+        "tensors, ctx.saved_tensors has them again. Call it as Linear.apply(x, shard).",
+        "Forward: all_gather the shards, torch.cat them, view as (out_features, -1), and x @ weight.T. Save x and "
+        "shard only: the weight is gone when forward returns.",
+        "Backward: gather the weight again for gradient @ weight, the gradient of x. The weight's is gradient.T @ x: "
+        "reduce_scatter its n chunks and divide by n.",
+    )
+
+    @staticmethod
+    def check(run):
+        cases = [
+            (4, (6, 8), 3, F32), (4, (5, 4), 2, F64), (3, (4, 6), 3, F64), (2, (3, 2), 1, F32), (4, (4, 8, 6), 2, F64),
+        ]  # fmt: skip
+        for seed, (n, sizes, batch, dtype) in enumerate(cases):
+            layers = "" if len(sizes) == 2 else ", two layers one after the other"
+            about = f"{sizes[0]} → {sizes[-1]} features, {batch} rows a rank, {str(dtype)[6:]}, {n} ranks{layers}"
+            seen = run(_use, seed, sizes, batch, dtype, n=n, about=about)
+            try:
+                _judge_use(seen, seed, sizes, batch, dtype, about)
+            except Wrong as wrong:
+                if seed == 2:
+                    wrong.diagnosis = (
+                        f"it works with 4 ranks, but not with 3 (is a 4 written into it?): {wrong.diagnosis}"
+                    )
+                raise
+
+
+def _judge_use(seen, seed, sizes, batch, dtype, about):
+    n = len(seen)
+    outputs, x_grads, w_grads = [], [], []
+    for rank in range(n):
+        x, weights, gradient = _layers(seed, rank, sizes, batch, dtype)
+        x.requires_grad_()
+        y = x
+        for w in weights:
+            y = y @ w.requires_grad_().T
+        y.backward(gradient)
+        outputs.append(y.detach())
+        x_grads.append(x.grad)
+        w_grads.append([w.grad for w in weights])
+    only_calls(seen, ("all_gather", "send", "recv"), {
+        "broadcast": "it broadcasts in forward: one all_gather brings every rank's shard to all",
+        "": "it calls {op} in forward: one all_gather is all that is needed"})  # fmt: skip
+    mistakes = []
+    if len(sizes) == 2:
+        inputs = [_layers(seed, rank, sizes, batch, dtype) for rank in range(n)]
+        wrong_view = [x @ w[0].reshape(sizes[0], sizes[1]) for x, w, _ in inputs]
+        mistakes.append(("the weight is (out_features, in_features): here it was read as (in, out)", wrong_view))
+    same([one.result for one in seen], outputs, "the output", about, mistakes)
+    for rank, one in enumerate(seen):
+        if not one.kept["graph"]:
+            raise Wrong(
+                "the output has no graph: torch.distributed's calls are not differentiable, so backward must be "
+                "written, in a torch.autograd.Function", f"rank {rank}, {about}",
+            )  # fmt: skip
+    same([one.kept["x"] for one in seen], x_grads, "the gradient of x", about, [
+        ("x has the mean of the ranks' gradients: its rows are this rank's own", [sum(x_grads) / n] * n)])  # fmt: skip
+    for i in range(len(sizes) - 1):
+        whole = [w[i] for w in w_grads]
+        total = sum(whole).flatten().chunk(n)
+        mistakes = [
+            (f"the sum was not divided by {n}: shard.grad is the mean over the ranks", list(total)),
+            (f"divided twice by {n}", [t / n**2 for t in total]),
+            ("nothing was reduced: shard.grad is cut from this rank's own gradient",
+             [w.flatten().chunk(n)[r] for r, w in enumerate(whole)]),
+            ("nothing was reduced, and the own gradient is divided by n",
+             [w.flatten().chunk(n)[r] / n for r, w in enumerate(whole)]),
+            ("every rank has the first n-th of the gradient: rank r keeps the r-th", [total[0] / n] * n),
+            ("shard.grad is made from the transposed gradient: the weight's is gradient.T @ x",
+             list((sum(w.T.flatten() for w in whole) / n).chunk(n))),
+        ]  # fmt: skip
+        got = [one.kept["shards"][i] for one in seen]
+        if any(g is None for g in got):
+            raise Wrong("shard has no gradient: return it from backward, in the place of shard", about)
+        same(got, [t / n for t in total], "shard.grad", about, mistakes)
+    for rank, one in enumerate(seen):
+        where = f"rank {rank}, {about}"
+        if one.kept["saved"]:
+            raise Wrong(WHOLE_KEPT.format(one.kept["saved"]), where)
+        for call in one.kept["backward"]:
+            if call.op not in ("all_gather", "reduce_scatter", "all_to_all", "send", "recv"):
+                raise Wrong(NO_OTHER.get(call.op, NO_OTHER[""]).format(op=call.op), where)
+    size = sum(w.nbytes for w in _layers(seed, 0, sizes, batch, dtype)[1])
+    _judge_moved(seen, n, size, 1, f"forward, {about}")
+    for one in seen:
+        one.calls = one.kept["backward"]
+    _judge_moved(seen, n, size, 2, f"backward, {about}")
+
+
+# ---- clipping -------------------------------------------------------------------------------------------------
+
+CLIPPED = 0.5
+
+
+def _gradients(rank, n, shapes, dtype, seed, scale):
+    """This rank's tensors; the last rank has none where `shapes` says so."""
+    mine = [] if shapes == "last has none" and rank == n - 1 else [(3,), (0,), (2, 2)] if rank % 2 else [(5,), (1,)]
+    return [values(shape, dtype, 10 * rank + i, seed) * scale for i, shape in enumerate(mine)]
+
+
+def _clip(answer, shapes, dtype, seed, scale):
+    tensors = _gradients(dist.get_rank(), dist.get_world_size(), shapes, dtype, seed, scale)
+    seen = watched(lambda: answer(list(tensors), CLIPPED))
+    seen.kept = torch.cat([torch.empty(0, dtype=dtype), *(t.flatten() for t in tensors)])
+    return seen
+
+
+class clip_sharded:
+    hints = (
+        "The norm is a square root of a sum of squares. Sums can be taken rank by rank and then over the ranks; square "
+        "roots cannot.",
+        "Add up the squares of this rank's elements in a tensor of one number, all_reduce that, then take the root. "
+        "A rank without tensors takes part with 0.",
+        "if norm > max_norm: for g in gradients: g *= max_norm / norm. Return norm.",
+    )
+
+    @staticmethod
+    def check(run):
+        cases = [(4, "", F64, 1.0), (4, "", F64, 0.01), (4, "last has none", F64, 1.0), (3, "", F32, 3.0),
+                 (2, "last has none", F32, 2.0), (4, "", F32, 0.0)]  # fmt: skip
+        for seed, (n, shapes, dtype, scale) in enumerate(cases):
+            small = ", whose norm is below max_norm" if scale < 0.1 else ""
+            about = f"{n} ranks, {str(dtype)[6:]} gradients{small}" + (f", rank {n - 1} has none" if shapes else "")
+            stuck = (
+                f"rank {n - 1} has no gradients here, and does not make the call that the others make" if shapes else ""
+            )
+            seen = run(_clip, shapes, dtype, seed, scale, n=n, about=about, stuck=stuck)
+            _judge_clip(seen, shapes, dtype, seed, scale, about)
+
+
+def _judge_clip(seen, shapes, dtype, seed, scale, about):
+    n = len(seen)
+    before = [
+        torch.cat([torch.empty(0, dtype=dtype), *(t.flatten() for t in _gradients(r, n, shapes, dtype, seed, scale))])
+        for r in range(n)
+    ]
+    own = [b.double().norm() for b in before]
+    norm = torch.cat(before).double().norm()
+    many = [len(_gradients(r, n, shapes, dtype, seed, scale)) for r in range(n)]
+    for rank, one in enumerate(seen):
+        for call in one.calls:
+            if call.bytes > 16 * max(n, many[rank]) and call.op != "recv":
+                raise Wrong(
+                    f"its {call.op} moves {call.bytes} bytes, as if the gradients travelled: one number is enough, "
+                    "the sum of squares", f"rank {rank}, {about}", "at most 8 bytes", f"{call.bytes} bytes",
+                )  # fmt: skip
+    got = [number(one.result) for one in seen]
+    got = [g.double() if isinstance(g, torch.Tensor) else g for g in got]
+    close = (1e-6, 1e-9) if dtype == F64 else (1e-4, 1e-7)
+    mistakes = [
+        ("each rank returns the norm of its own gradients: the squares have to be added up over the ranks", own),
+        ("the ranks' norms were added: norms do not add up, their squares do", [sum(own)] * n),
+        ("the square root is missing: this is the sum of squares", [norm**2] * n),
+        ("the mean over the ranks was taken, where the sum is asked for", [norm / n**0.5] * n),
+        ("the mean of the ranks' norms is not the norm of all", [sum(own) / n] * n),
+        ("the largest of the ranks' norms is not the norm of all", [max(own)] * n),
+        ("this is the norm after clipping: the one before is asked for", [norm.clamp(max=CLIPPED)] * n),
+        ("this is the factor, not the norm", [CLIPPED / norm] * n),
+    ]
+    same(got, [norm] * n, "the norm", about, mistakes, tolerance=close)
+
+    def times(factor):
+        return [b * float(f) for b, f in zip(before, factor if isinstance(factor, list) else [factor] * n, strict=True)]
+
+    right = times(min(1.0, CLIPPED / norm) if norm else 1.0)
+    mistakes = [
+        ("the gradients are as they were: scale them in place (g *= …)", before),
+        ("gradients below max_norm were scaled up to it: clip only where the norm is above", times(CLIPPED / norm)),
+        ("each rank scaled by its own norm: one factor for all, from the global norm",
+         times([min(1.0, CLIPPED / float(o)) if o else 1.0 for o in own])),
+        ("scaled by max_norm / norm twice", times(min(1.0, (CLIPPED / norm) ** 2) if norm else 1.0)),
+        ("divided by the norm, but not multiplied by max_norm", times(1 / norm if norm else 1.0)),
+        ("every element was clamped to ±max_norm: that changes the gradient's direction",
+         [b.clamp(-CLIPPED, CLIPPED) for b in before]),
+    ]  # fmt: skip
+    same([one.kept for one in seen], right, "the gradients", about, mistakes, tolerance=close)
+    for rank, one in enumerate(seen):
+        if len(one.calls) > 2 * n + many[rank]:
+            raise Wrong(
+                f"the result is right, but it takes {len(one.calls)} calls: one is enough", f"rank {rank}, {about}"
+            )

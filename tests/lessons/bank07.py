@@ -1,0 +1,589 @@
+"""Wrong answers to the exercises of lesson 07, as people really write them; and some more right ones."""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
+from planted import mistake, right
+
+# ---- padded_shard ---------------------------------------------------------------------------------------------
+
+
+@mistake("padded_shard", "shards of 2 elements hold 8 of 10: the length has to be rounded up")
+def rounds_down(numel, rank, n):
+    length = numel // n
+    return rank * length, (rank + 1) * length, 0
+
+
+@mistake("padded_shard", "stop is 12, but the line has 10 elements: what lies beyond is padding")
+def runs_over(numel, rank, n):
+    length = -(-numel // n)
+    return rank * length, (rank + 1) * length, max(0, (rank + 1) * length - numel)
+
+
+@mistake("padded_shard", "padding 2 is what the whole line needs: each shard has only its own part of it")
+def all_the_padding(numel, rank, n):
+    length = -(-numel // n)
+    return min(rank * length, numel), min((rank + 1) * length, numel), n * length - numel
+
+
+@mistake("padded_shard", "start 6 is beyond stop 5: a shard of padding alone begins and ends at 5")
+def start_is_not_cut_off(numel, rank, n):
+    length = -(-numel // n)
+    stop = min((rank + 1) * length, numel)
+    return rank * length, stop, length - max(0, stop - rank * length)
+
+
+@mistake("padded_shard", "this cuts the line evenly: with padding, every shard but the last ones is full")
+def without_padding(numel, rank, n):
+    sizes = [numel // n + (r < numel % n) for r in range(n)]
+    return sum(sizes[:rank]), sum(sizes[: rank + 1]), -(-numel // n) - sizes[rank]
+
+
+@mistake("padded_shard", "stop is one too small: line[start:stop] does not include it")
+def last_index(numel, rank, n):
+    length = -(-numel // n)
+    return min(rank * length, numel), min((rank + 1) * length, numel) - 1, 0
+
+
+@mistake("padded_shard", "whole numbers are asked for: use // instead of /")
+def divides(numel, rank, n):
+    length = max(1, numel / n)
+    return rank * length, (rank + 1) * length, 0
+
+
+@mistake("padded_shard", "three whole numbers (start, stop, padding) are asked for")
+def only_a_pair(numel, rank, n):
+    length = -(-numel // n)
+    return rank * length, (rank + 1) * length
+
+
+@mistake("padded_shard", "start and stop are right, padding is not: shards are 3 long with it")
+def no_padding_told(numel, rank, n):
+    length = -(-numel // n)
+    return min(rank * length, numel), min((rank + 1) * length, numel), 0
+
+
+@mistake("padded_shard", "with padding every shard is 3 long, and rank 0's begins at 0 · 3")
+def one_more_for_each(numel, rank, n):
+    length = numel // n + 2 * (numel % n > 0)
+    start, stop = min(rank * length, numel), min((rank + 1) * length, numel)
+    return start, stop, length - (stop - start)
+
+
+@right("padded_shard")
+def by_counting_what_is_left(numel, rank, n):
+    length = math.ceil(numel / n)
+    real = sorted([0, numel - rank * length, length])[1]
+    start = min(numel, rank * length)
+    return [start, start + real, length - real]
+
+
+# ---- zero_memory ----------------------------------------------------------------------------------------------
+
+
+def bytes_of(psi, n, stage, p=4, g=4, s=8):
+    return psi * (p / (n if stage > 2 else 1) + g / (n if stage > 1 else 1) + s / (n if stage > 0 else 1))
+
+
+@mistake("zero_memory", "the bytes of each kind are ignored")
+def always_sixteen(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, stage)
+
+
+@mistake("zero_memory", "stage 0 shards nothing")
+def one_stage_ahead(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, stage + 1, parameter_bytes, gradient_bytes, state_bytes)
+
+
+@mistake("zero_memory", "stage 1 shards the optimizer's state")
+def one_stage_behind(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, stage - 1, parameter_bytes, gradient_bytes, state_bytes)
+
+
+@mistake("zero_memory", "each stage shards only its own kind here")
+def only_its_own(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    kinds = [state_bytes, gradient_bytes, parameter_bytes]
+    if stage:
+        kinds[stage - 1] /= n
+    return parameters * sum(kinds)
+
+
+@mistake("zero_memory", "this is for all ranks together: one rank is asked for")
+def the_whole_cluster(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return n * bytes_of(parameters, n, stage, parameter_bytes, gradient_bytes, state_bytes)
+
+
+@mistake("zero_memory", "at every stage everything is divided by n")
+def all_divided(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return parameters * (parameter_bytes + gradient_bytes + state_bytes) / n
+
+
+@mistake("zero_memory", "this is in GB: bytes are asked for")
+def in_gigabytes(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, stage, parameter_bytes, gradient_bytes, state_bytes) / 1e9
+
+
+@mistake("zero_memory", "first the optimizer's state is sharded, the parameters last")
+def parameters_first(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, stage, state_bytes, gradient_bytes, parameter_bytes)
+
+
+@right("zero_memory")
+def with_a_list(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    kinds = [state_bytes, gradient_bytes, parameter_bytes]
+    return sum(parameters * b / n for b in kinds[:stage]) + sum(parameters * b for b in kinds[stage:])
+
+
+# ---- zero1_step -----------------------------------------------------------------------------------------------
+
+
+def my_mean(gradients, momentum, divide=True):
+    mean = torch.empty_like(momentum)
+    dist.reduce_scatter(mean, list(gradients.chunk(dist.get_world_size())))
+    return mean / dist.get_world_size() if divide else mean
+
+
+def give_all(parameters):
+    shards = list(parameters.chunk(dist.get_world_size()))
+    dist.all_gather(shards, shards[dist.get_rank()].clone())
+
+
+def mine(parameters):
+    return parameters.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+@mistake("zero1_step", "the sum was not divided by 4, the number of ranks")
+def a_sum(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(my_mean(gradients, momentum, divide=False))
+    mine(parameters).sub_(lr * momentum)
+    give_all(parameters)
+
+
+@mistake("zero1_step", "the shards were not gathered: a rank has updated its own n-th only")
+def keeps_it_to_itself(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(my_mean(gradients, momentum))
+    mine(parameters).sub_(lr * momentum)
+
+
+@mistake("zero1_step", "nothing was reduced: each shard is updated with its owner's gradient alone")
+def own_gradient(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(mine(gradients))
+    mine(parameters).sub_(lr * momentum)
+    give_all(parameters)
+
+
+@mistake("zero1_step", "it calls all_reduce, which brings the whole mean to every rank")
+def all_reduces(parameters, gradients, momentum, lr, beta):
+    dist.all_reduce(gradients)
+    momentum.mul_(beta).add_(mine(gradients) / dist.get_world_size())
+    mine(parameters).sub_(lr * momentum)
+    give_all(parameters)
+
+
+@mistake("zero1_step", "parameters are as they were: write the gathered shards into them")
+def into_a_new_tensor(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(my_mean(gradients, momentum))
+    shards = [torch.empty_like(momentum) for _ in range(dist.get_world_size())]
+    dist.all_gather(shards, mine(parameters) - lr * momentum)
+    parameters = torch.cat(shards)
+
+
+@mistake("zero1_step", "the momentum is never kept: write it into `momentum`, the next step needs it")
+def forgets_the_momentum(parameters, gradients, momentum, lr, beta):
+    momentum = beta * momentum + my_mean(gradients, momentum)
+    mine(parameters).sub_(lr * momentum)
+    give_all(parameters)
+
+
+@mistake("zero1_step", "the gradient is multiplied by 1 - beta")
+def as_adam_does(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_((1 - beta) * my_mean(gradients, momentum))
+    mine(parameters).sub_(lr * momentum)
+    give_all(parameters)
+
+
+@mistake("zero1_step", "the step uses the gradient instead of the new momentum")
+def plain_step(parameters, gradients, momentum, lr, beta):
+    mean = my_mean(gradients, momentum)
+    momentum.mul_(beta).add_(mean)
+    mine(parameters).sub_(lr * mean)
+    give_all(parameters)
+
+
+@mistake("zero1_step", "the step uses the old one")
+def steps_first(parameters, gradients, momentum, lr, beta):
+    mine(parameters).sub_(lr * momentum)
+    momentum.mul_(beta).add_(my_mean(gradients, momentum))
+    give_all(parameters)
+
+
+@mistake("zero1_step", "the sign is wrong")
+def climbs(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(my_mean(gradients, momentum))
+    mine(parameters).add_(lr * momentum)
+    give_all(parameters)
+
+
+@mistake("zero1_step", "bytes leave a rank where 96 are enough")
+def gathers_everything(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(my_mean(gradients, momentum))
+    mine(parameters).sub_(lr * momentum)
+    n = dist.get_world_size()
+    wholes = [torch.empty_like(parameters) for _ in range(n)]
+    dist.all_gather(wholes, parameters.clone())
+    parameters.copy_(torch.cat([whole.chunk(n)[r] for r, whole in enumerate(wholes)]))
+
+
+@mistake("zero1_step", "it works with 4 ranks, but not with 3")
+def four_ranks_only(parameters, gradients, momentum, lr, beta):
+    mean = torch.empty_like(momentum)
+    dist.reduce_scatter(mean, list(gradients.chunk(dist.get_world_size())))
+    momentum.mul_(beta).add_(mean / 4)
+    mine(parameters).sub_(lr * momentum)
+    give_all(parameters)
+
+
+@right("zero1_step")
+def by_exchange(parameters, gradients, momentum, lr, beta):
+    rank, n = dist.get_rank(), dist.get_world_size()
+    parts = torch.empty_like(gradients)
+    dist.all_to_all_single(parts, gradients)
+    momentum.copy_(beta * momentum + parts.view(n, -1).mean(0))
+    shard = parameters.view(n, -1)[rank] - lr * momentum
+    dist.all_gather(list(parameters.view(n, -1)), shard)
+
+
+@right("zero1_step")
+def by_hand_in_a_ring(parameters, gradients, momentum, lr, beta):
+    rank, n = dist.get_rank(), dist.get_world_size()
+
+    def pass_on(leaving):
+        arriving = torch.empty_like(leaving)
+        message = dist.isend(leaving.clone(), (rank + 1) % n)
+        dist.recv(arriving, (rank - 1) % n)
+        message.wait()
+        return arriving
+
+    parts, shards = gradients.chunk(n), parameters.chunk(n)
+    carried = parts[rank - 1]
+    for step in range(n - 1):
+        carried = pass_on(carried) + parts[(rank - 2 - step) % n]
+    momentum.mul_(beta).add_(carried / n)
+    shards[rank].sub_(lr * momentum)
+    for step in range(n - 1):
+        shards[(rank - step - 1) % n].copy_(pass_on(shards[(rank - step) % n]))
+
+
+# ---- sharded_linear -------------------------------------------------------------------------------------------
+
+
+def whole(shard, out_features):
+    shards = [torch.empty_like(shard) for _ in range(dist.get_world_size())]
+    dist.all_gather(shards, shard)
+    return torch.cat(shards).view(out_features, -1)
+
+
+def scattered(gradient, shard):
+    out = torch.empty_like(shard)
+    dist.reduce_scatter(out, list(gradient.flatten().chunk(dist.get_world_size())))
+    return out
+
+
+@mistake("sharded_linear", "the output has no graph")
+def no_function(x, shard, out_features):
+    return x.detach() @ whole(shard.detach(), out_features).T
+
+
+@mistake("sharded_linear", "is kept from forward to backward, as large as the whole weight")
+def saves_the_weight(x, shard, out_features):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            weight = whole(shard, out_features)
+            ctx.save_for_backward(x, shard, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, shard, weight = ctx.saved_tensors
+            return gradient @ weight, scattered(gradient.T @ x, shard) / dist.get_world_size()
+
+    return Linear.apply(x, shard)
+
+
+@mistake("sharded_linear", "is kept from forward to backward, as large as the whole weight")
+def keeps_it_in_ctx(x, shard, out_features):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            ctx.x, ctx.weight = x, whole(shard, out_features)
+            return x @ ctx.weight.T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            mean = scattered(gradient.T @ ctx.x, shard) / dist.get_world_size()
+            return gradient @ ctx.weight, mean
+
+    return Linear.apply(x, shard)
+
+
+@mistake("sharded_linear", "the sum was not divided by 4: shard.grad is the mean over the ranks")
+def sums(x, shard, out_features):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            ctx.save_for_backward(x, shard)
+            return x @ whole(shard, out_features).T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, shard = ctx.saved_tensors
+            return gradient @ whole(shard, out_features), scattered(gradient.T @ x, shard)
+
+    return Linear.apply(x, shard)
+
+
+@mistake("sharded_linear", "nothing was reduced: shard.grad is cut from this rank's own gradient")
+def own_part(x, shard, out_features):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            ctx.save_for_backward(x, shard)
+            return x @ whole(shard, out_features).T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, shard = ctx.saved_tensors
+            own = (gradient.T @ x).flatten().chunk(dist.get_world_size())[dist.get_rank()]
+            return gradient @ whole(shard, out_features), own
+
+    return Linear.apply(x, shard)
+
+
+@mistake("sharded_linear", "it calls all_reduce, which brings the whole gradient to every rank")
+def reduces_all(x, shard, out_features):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            ctx.save_for_backward(x, shard)
+            return x @ whole(shard, out_features).T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, shard = ctx.saved_tensors
+            n, total = dist.get_world_size(), gradient.T @ x
+            dist.all_reduce(total)
+            return gradient @ whole(shard, out_features), total.flatten().chunk(n)[dist.get_rank()] / n
+
+    return Linear.apply(x, shard)
+
+
+@mistake("sharded_linear", "the weight is (out_features, in_features): here it was read as (in, out)")
+def reads_it_transposed(x, shard, out_features):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            ctx.save_for_backward(x, shard)
+            return x @ whole(shard, x.shape[1])
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, shard = ctx.saved_tensors
+            mean = scattered(x.T @ gradient, shard) / dist.get_world_size()
+            return gradient @ whole(shard, x.shape[1]).T, mean
+
+    return Linear.apply(x, shard)
+
+
+@mistake("sharded_linear", "x has the mean of the ranks' gradients: its rows are this rank's own")
+def averages_x_too(x, shard, out_features):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            ctx.save_for_backward(x, shard)
+            return x @ whole(shard, out_features).T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, shard = ctx.saved_tensors
+            n, own = dist.get_world_size(), gradient @ whole(shard, out_features)
+            dist.all_reduce(own)
+            return own / n, scattered(gradient.T @ x, shard) / n
+
+    return Linear.apply(x, shard)
+
+
+@mistake("sharded_linear", "shard has no gradient: return it from backward, in the place of shard")
+def only_x(x, shard, out_features):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            ctx.save_for_backward(shard)
+            return x @ whole(shard, out_features).T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient @ whole(*ctx.saved_tensors, out_features), None
+
+    return Linear.apply(x, shard)
+
+
+@mistake("sharded_linear", "is kept from forward to backward, as large as the whole weight")
+def leaves_it_to_autograd(x, shard, out_features):
+    weight = torch.cat(differentiable.all_gather(shard)).view(out_features, -1) / 1
+    n = dist.get_world_size()
+    return x @ (weight / n + (weight - weight / n).detach()).T
+
+
+@right("sharded_linear")
+def with_single_calls(x, shard, out_features):
+    n = dist.get_world_size()
+
+    def gather(shard):
+        weight = shard.new_empty(n * shard.numel())
+        dist.all_gather_into_tensor(weight, shard.detach())
+        return weight.view(out_features, x.shape[1])
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            ctx.save_for_backward(x, shard)
+            return torch.nn.functional.linear(x, gather(shard))
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, shard = ctx.saved_tensors
+            mine = torch.empty_like(shard)
+            dist.reduce_scatter_tensor(mine, (gradient.T @ x / n).flatten())
+            return gradient.mm(gather(shard)), mine
+
+    return Linear.apply(x, shard)
+
+
+# ---- clip_sharded ---------------------------------------------------------------------------------------------
+
+
+def squares(gradients):
+    return sum((g.double().square().sum() for g in gradients), torch.zeros((), dtype=torch.float64))
+
+
+def scaled(gradients, norm, max_norm):
+    if norm > max_norm:
+        for g in gradients:
+            g.mul_(float(max_norm / norm))
+    return norm
+
+
+@mistake("clip_sharded", "each rank returns the norm of its own gradients")
+def own_norm(gradients, max_norm):
+    return scaled(gradients, squares(gradients).sqrt(), max_norm)
+
+
+@mistake("clip_sharded", "the ranks' norms were added: norms do not add up, their squares do")
+def adds_norms(gradients, max_norm):
+    norm = squares(gradients).sqrt()
+    dist.all_reduce(norm)
+    return scaled(gradients, norm, max_norm)
+
+
+@mistake("clip_sharded", "the square root is missing")
+def no_root(gradients, max_norm):
+    total = squares(gradients)
+    dist.all_reduce(total)
+    return scaled(gradients, total, max_norm)
+
+
+@mistake("clip_sharded", "the mean over the ranks was taken, where the sum is asked for")
+def mean_of_squares(gradients, max_norm):
+    total = squares(gradients)
+    dist.all_reduce(total)
+    return scaled(gradients, (total / dist.get_world_size()).sqrt(), max_norm)
+
+
+@mistake("clip_sharded", "the largest of the ranks' norms is not the norm of all")
+def largest(gradients, max_norm):
+    norm = squares(gradients).sqrt()
+    dist.all_reduce(norm, dist.ReduceOp.MAX)
+    return scaled(gradients, norm, max_norm)
+
+
+@mistake("clip_sharded", "gradients below max_norm were scaled up to it")
+def always_scales(gradients, max_norm):
+    total = squares(gradients)
+    dist.all_reduce(total)
+    for g in gradients:
+        g.mul_(float(max_norm / total.sqrt()))
+    return total.sqrt()
+
+
+@mistake("clip_sharded", "the gradients are as they were: scale them in place")
+def scales_copies(gradients, max_norm):
+    total = squares(gradients)
+    dist.all_reduce(total)
+    for g in gradients:
+        g = g * float(min(1, max_norm / total.sqrt()))
+    return total.sqrt()
+
+
+@mistake("clip_sharded", "rank 3 has no gradients here, and does not make the call that the others make")
+def nothing_to_do(gradients, max_norm):
+    if not gradients:
+        return torch.tensor(0.0)
+    total = squares(gradients)
+    dist.all_reduce(total)
+    return scaled(gradients, total.sqrt(), max_norm)
+
+
+@mistake("clip_sharded", "as if the gradients travelled: one number is enough")
+def moves_the_gradients(gradients, max_norm):
+    flat = torch.cat([torch.zeros(0, dtype=torch.float64), *(g.flatten().double() for g in gradients)])
+    padded = torch.zeros(8, dtype=torch.float64)
+    padded[: len(flat)] = flat
+    everybody = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(everybody, padded)
+    return scaled(gradients, torch.cat(everybody).norm(), max_norm)
+
+
+@mistake("clip_sharded", "each rank scaled by its own norm: one factor for all, from the global norm")
+def own_factor(gradients, max_norm):
+    total = squares(gradients)
+    scaled(gradients, total.sqrt(), max_norm)
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+@mistake("clip_sharded", "this is the norm after clipping")
+def norm_after(gradients, max_norm):
+    total = squares(gradients)
+    dist.all_reduce(total)
+    scaled(gradients, total.sqrt(), max_norm)
+    return total.sqrt().clamp(max=max_norm)
+
+
+@mistake("clip_sharded", "every element was clamped")
+def clamps(gradients, max_norm):
+    total = squares(gradients)
+    dist.all_reduce(total)
+    for g in gradients:
+        g.clamp_(-max_norm, max_norm)
+    return total.sqrt()
+
+
+@right("clip_sharded")
+def as_torch_does(gradients, max_norm):
+    norms = torch.stack([torch.linalg.vector_norm(g.double()) for g in gradients] or [torch.tensor(0.0).double()])
+    total = torch.linalg.vector_norm(norms) ** 2
+    dist.all_reduce(total)
+    factor = (max_norm / (total.sqrt() + 1e-9)).clamp(max=1.0)
+    for g in gradients:
+        g.mul_(factor.to(g.dtype))
+    return total.sqrt().item()
+
+
+@right("clip_sharded")
+def all_gathers_one_number(gradients, max_norm):
+    parts = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, squares(gradients).view(1))
+    return scaled(gradients, sum(parts).sqrt(), max_norm)
