@@ -24,7 +24,7 @@ def stale_gradients(log, *, title="gradients", most=24):
     end = max(a for *_, a in log) + 1
     drawn = min(end, most)
     scale = (WIDTH - LEFT - 0.2) / drawn
-    height = TOP + len(workers) * LANE + 0.5
+    height = TOP + len(workers) * LANE + 0.3
 
     def draw(figure):
         axes = sheet(figure)
@@ -50,9 +50,8 @@ def stale_gradients(log, *, title="gradients", most=24):
 
 
 def _colour(stale, worst):
-    """Fresh is blue, stale goes from yellow to orange red."""
-    share = (stale - 1) / max(worst - 1, 1)
-    return palette.mix(palette.YELLOW, palette.VERMILLION, share) if stale else palette.SKY
+    """Fresh is green, stale the more purple the staler: none of them one of the first four ranks' colours."""
+    return palette.mix(palette.PAPER, palette.PURPLE, 0.25 + 0.75 * stale / worst) if stale else palette.GREEN
 
 
 def _rows(log):
