@@ -1,8 +1,10 @@
 """From plain data to a picture or a widget: no tensors of torch's, no process groups."""
 
+from .activations import activations
 from .collectives import collective, ring_steps
 from .figure import Picture
 from .matmul import matmul
+from .memory import memory
 from .plots import bars, curves, gradients
 from .processes import process_tree
 from .shards import held, shards
@@ -12,6 +14,6 @@ from .table import Table
 from .timeline import timeline
 from .widgets import Live, contact_sheet, knobs, stepper
 
-__all__ = ["Live", "Picture", "Table", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "knobs",
-           "matmul", "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients",
-           "stepper", "timeline"]
+__all__ = ["Live", "Picture", "Table",
+           "activations", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "knobs", "matmul",
+           "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients", "stepper", "timeline"]

@@ -72,6 +72,10 @@ EXAMPLES = {
     "mesh": lambda: pictures.shards((1024, 512), np.kron([[0, 1], [2, 3]], np.ones((512, 256), int))),
     "held": lambda: pictures.held({"weight": [random(128, 64)] * 4, "bias": [[0.5, 1.5, 2]] * 4,
                                    "rest": [[[1, 2], [3, 4]], None, None, None]}, came_from={"bias": [0] * 4}),
+    "activations": lambda: pictures.activations({
+        "tensor parallel": [("x", "whole"), ("heads", "features"), ("out", "summands"), ("all-reduce", "sent"),
+                            ("x + …", "whole")],
+        "and sequence parallel": [("x", "positions"), ("all-gather", "sent"), ("x", "whole")]}, title="attention"),
     "all-reduce": lambda: pictures.collective("all_reduce", OWN, [SUMS] * 4),
     "all-gather of eight": lambda: pictures.collective(
         "all_gather", [[f"a{r}"] for r in range(8)], [[f"a{r}" for r in range(8)]] * 8),
@@ -87,6 +91,10 @@ EXAMPLES = {
     "stale gradients": lambda: pictures.stale_gradients(
         [(1, 0, 0), (2, 0, 1), (1, 1, 2), (3, 0, 3), (1, 3, 4), (2, 2, 5)], title="three workers"),
     "many stale gradients": lambda: pictures.stale_gradients([(1 + i % 2, max(i - 1, 0), i) for i in range(60)]),
+    "memory": lambda: pictures.memory({
+        "plain": {"parameters": [4e6] * 4, "gradients": [4e6] * 4, "optimizer state": [8e6] * 4},
+        "stage 3": {"parameters": [1e6] * 4, "gradients": [1e6] * 4, "optimizer state": [2e6, 2e6, 2e6, 1.9e6]}},
+        {"plain": 16e6, "stage 3": 4.5e6}, title="float32 and AdamW"),
     "timeline": lambda: pictures.timeline(step_events()),
     "ring timeline": lambda: pictures.timeline(ring_events()),
     "process tree": lambda: pictures.process_tree(processes(8)),
