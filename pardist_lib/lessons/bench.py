@@ -1,5 +1,6 @@
 """Run an answer on real ranks, and say in one sentence why it did not come back."""
 
+import importlib
 import re
 
 from pardist_lib.ranks import RankError, RankHang, Ranks, session
@@ -34,7 +35,7 @@ class Bench:
     """Runs one answer; `printed` is what the ranks printed in the last run."""
 
     def __init__(self, answer):
-        self.answer, self.ranks, self.printed = answer, four_ranks(), ""
+        self.answer, self.ranks, self.printed, self._known = answer, four_ranks(), "", set()
 
     def __call__(self, fn, *args, n=4, about="", stuck=""):
         """`fn(answer, *args)` on each rank of a world of n; returns its n results, which are `Seen`.
@@ -42,6 +43,7 @@ class Bench:
         n=1 runs in rank 0 alone. about: the case, for the reader. stuck: the diagnosis, where one is known, for
         ranks that wait for ever or do not make the same calls. Raises Wrong, or Blocked.
         """
+        self._prepare(fn.__module__)
         on = [0] if n == 1 else None
         call = (fn, self.answer, *args) if n == 1 else (in_world, n, fn, self.answer, *args)
         try:
@@ -50,7 +52,7 @@ class Bench:
             raise Wrong(session._unsendable(self.answer, args, {}, error)) from None
         except RankError as error:
             self.printed = self._said()
-            raise self._explained(error, about, stuck) from None
+            raise self._explained(error, about, stuck, n) from None
         except RuntimeError as error:
             raise Blocked(str(error)) from None
         self.printed = self._said()
@@ -58,14 +60,26 @@ class Bench:
         refuse(seen)
         return seen
 
+    def _prepare(self, module):
+        """Let fresh ranks import what check and answer need, before patience begins: that may take seconds."""
+        if module not in self._known:
+            self._known.add(module)
+            try:
+                self.ranks.run(_import, module, self.answer, quiet=True, timeout=120)
+            except (TypeError, RankError):
+                pass  # what is wrong with the answer, the check itself will say; ranks that had died are replaced
+            except RuntimeError as error:
+                raise Blocked(str(error)) from None
+
     def _said(self):
         spoke = {r: text.splitlines() for r, text in enumerate(self.ranks.output) if text.strip()}
         lines = rendered(spoke, colour=False).splitlines() if spoke else []
         cut = [f"… {len(lines) - 20} lines …"] if len(lines) > 20 else []
         return "\n".join(line[:200] for line in [*lines[:10], *cut, *lines[10:][-10:]])
 
-    def _explained(self, error, about, stuck):
+    def _explained(self, error, about, stuck, n):
         head = str(error).splitlines()[0]
+        where = error.where[:n]  # what ranks outside of this case do says nothing
         if error.rank is None:
             return Blocked(head)
         if "its process" in head or "was ended by" in head:
@@ -75,18 +89,26 @@ class Bench:
         elif stuck and (isinstance(error, RankHang) or error.cause in ("CollectiveMismatch", "unmatched call")):
             said = stuck
         elif isinstance(error, RankHang):
-            said = _waiting(error)
-        elif "should not be the same as the rank of the current process" in error.message:
+            said = _waiting(error, where)
+        elif error.cause == "CollectiveMismatch":
+            said = " ".join(error.message.split())
+        elif "should not be the same as the rank of the current process" in error.message or (
+            "receives from itself" in error.message
+        ):
             said = f"rank {error.rank} sends to itself or receives from itself, which torch refuses"
         elif error.cause == "ValueError" and error.message.startswith("there is no rank"):
             said = f"rank {error.rank} sends to or receives from a rank that does not exist: {error.message}"
+        elif error.message.endswith(" is None)"):
+            said = f"{head.partition(':')[0]}: {' '.join(error.message.split())}"
         elif "of type torch.Tensor" in error.message or "'NoneType'" in error.message:
             said = f"{head} (something is None there?)"
         else:
             said = head
         note = REPLACED if "fresh set" in str(error) else ""
-        doing = folded(error.where).replace("; ", "\n") if isinstance(error, RankHang) else ""
-        return Wrong(said, ", ".join(filter(None, [_spot(error), about])), got=doing, note=note)
+        doing = folded(where).replace("; ", "\n") if isinstance(error, RankHang) else ""
+        wrong = Wrong(said, ", ".join(filter(None, [_spot(error), about])), got=doing, note=note)
+        wrong.hangs = isinstance(error, RankHang)
+        return wrong
 
 
 def refuse(seen):
@@ -95,12 +117,13 @@ def refuse(seen):
         if one.reference:
             raise Wrong(f"it calls the course's own `{one.reference}`: write it yourself", f"rank {rank}")
         if one.torchs:
-            pickles = ", which pickles what it sends" if "object" in one.torchs else ""
+            pickles = ", which pickles what it sends: make a tensor of it, and send that" * ("object" in one.torchs)
             raise Wrong(f"it calls torch's own {one.torchs}{pickles}", f"rank {rank}")
         if one.hidden:
             raise Wrong("it communicates from another thread, where the check cannot see it", f"rank {rank}")
         if one.unwaited:
-            many = f"{one.unwaited} of its {len(one.calls)} calls"
+            total = len(one.calls)
+            many = "its only call" if total == 1 else f"{one.unwaited} of its {total} calls"
             raise Wrong(
                 f"{many} (isend, irecv or async_op=True) {'was' if one.unwaited == 1 else 'were'} never waited for: "
                 "until wait() returns, a tensor is neither received nor free to change",
@@ -108,9 +131,9 @@ def refuse(seen):
             )
 
 
-def _waiting(error):
-    """A deadlock in one sentence."""
-    ops = [re.match(r"was in (send|recv)\(.*, ((?:to|from) rank \d+)\)", text) for text in error.where]
+def _waiting(error, where):
+    """A deadlock in one sentence. where: what each rank of this case was doing."""
+    ops = [re.match(r"was in (send|recv)\(.*, ((?:to|from) rank \d+)\)", text) for text in where]
     kinds = {op[1] for op in ops if op} if all(ops) else set()
     if kinds == {"send"}:
         return "every rank is in send, which returns when the other side receives: nobody gets to receive"
@@ -119,8 +142,8 @@ def _waiting(error):
     if error.cause == "deadlock" and any(ops):
         who = ", ".join(f"rank {r} is in {op[1]} {op[2]}" for r, op in enumerate(ops) if op)
         return f"a deadlock, nobody does what the others wait for: {who}"
-    if error.cause == "stall" and not any("was in" in text for text in error.where):
-        return f"it does not come back: {folded(error.where)}"
+    if error.cause == "stall" and not any("was in" in text for text in where):
+        return f"it does not come back: {folded(where)}"
     return str(error).splitlines()[0]
 
 
@@ -130,3 +153,7 @@ def _spot(error):
         return ""
     source = re.search(rf"{re.escape(error.cell)}, line {error.line}, in .*\n +(.+)", error.details)
     return f"{error.cell}, line {error.line}" + (f": {source[1]}" if source else "")
+
+
+def _import(module, answer):  # the answer is unpickled by now
+    importlib.import_module(module)

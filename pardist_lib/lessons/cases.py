@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from .judge import Wrong, same
+from .judge import Wrong, a, same
 from .watch import watched
 
 
@@ -31,6 +31,8 @@ CASES = (  # ranks, shape, dtype: one thing after the other departs from the fir
     (4, (4, 3), F32),
     (4, (8,), I64),
     (4, (3, 5), F64),
+    (4, (), F32),
+    (4, (2, 50), F32),
     (3, (8,), F32),
     (2, (5,), F64),
 )
@@ -47,15 +49,19 @@ def every_case(one, split=False):
         notable = {
             f"it works with 4 ranks, but not with {n} (is a 4 written into it?)": n != 4,
             f"it works where {n} divides the number of elements, but not for {size}": split and size % n,
-            f"it works for 8 elements, but not for {size} (is a size written into it?)": not split and size != 8,
+            f"it works for 8 elements, but not for {size} (is a size written into it?)": not split
+            and size not in (1, 8),
             "it does not work where there are fewer elements than ranks": split and size < n,
             "it works only for tensors with one dimension": len(shape) > 1,
+            "it does not work for a tensor without dimensions, a single number": not shape,
             f"it works for float32, but not for {kind}": dtype != F32,
         }
         kinds = {i: text for i, (text, holds) in enumerate(notable.items()) if holds}
         try:
-            one(n, shape, dtype, seed, f"a {kind} tensor of shape {shape} on {n} ranks")
+            one(n, shape, dtype, seed, f"{a(kind)} tensor of shape {shape} on {n} ranks")
         except Wrong as wrong:
+            if wrong.hangs and n % 2 and 0 not in known:
+                kinds[0] = f"it works with 4 ranks, but {n} cannot be paired off, even ranks with odd ones"
             if len(new := [text for i, text in kinds.items() if i not in known]) == 1:
                 wrong.diagnosis = f"{new[0]}: {wrong.diagnosis}"
             raise

@@ -236,8 +236,11 @@ def _judged(name, answer):
     except Blocked as error:
         return Verdict(name, "blocked", str(error))
     except Wrong as wrong:
-        shown = wrong.diagnosis, wrong.where, wrong.expected, wrong.got, bench.printed, wrong.note
-        return Verdict(name, "failed", *shown)
+        said, printed = wrong.diagnosis, bench.printed
+        if bench.printed and ("without a return" in said or "returns nothing" in said):
+            said = f"{said.partition(': does the function')[0]}: did you print it instead of returning it?"
+            printed = "\n".join(printed.splitlines()[:3]) + "\n…"
+        return Verdict(name, "failed", said, wrong.where, wrong.expected, wrong.got, printed, wrong.note)
     except Exception as error:  # a check must not stop a notebook
         said = f"the check itself failed on this answer ({type(error).__name__}: {error}); please report it"
         return Verdict(name, "blocked", said)
@@ -254,5 +257,9 @@ def _kept(verdict, text):
             answers.save(name, text, passed)
         except OSError as error:
             note = f"It could not be saved ({error.strerror}): PARDIST_ANSWERS=… names another folder."
+        else:
+            if passed is False and answers.status(name) == "passed":
+                kept = answers.spoken(answers.file_of(name))
+                note = f"Your earlier answer, which passed, is kept in {kept}."
     notes = " ".join(filter(None, [verdict.note, note]))
     return Verdict(**{**vars(verdict), "note": notes})

@@ -19,7 +19,12 @@ TOLERANCE = {  # (relative, absolute)
 
 
 class Wrong(Exception):
-    """An answer is refused: `diagnosis` is the likeliest cause in one sentence, the rest says where it shows."""
+    """An answer is refused: `diagnosis` is the likeliest cause in one sentence, the rest says where it shows.
+
+    hangs: whether it did not come back at all.
+    """
+
+    hangs = False
 
     def __init__(self, diagnosis, where="", expected="", got="", note=""):
         super().__init__(diagnosis)
@@ -92,6 +97,8 @@ def _pattern(got, expected, before, what, tolerance):
     if torch.allclose(g, e, 1e-5, 1e-6):
         return f"{what} is right to about 7 digits only: float64 values went through float32"
     if got.dim() == 0:
+        if not e:
+            return f"{what} is {g.item():.4g} where 0 is right"
         return f"{what} is {(g / e).item():.4g} times what it should be"
     if (e != 0).all() and torch.allclose(g / e, (g / e)[0], 1e-4):
         return f"every element of {what} is {(g / e)[0].item():.4g} times as large as it should be"
@@ -126,8 +133,13 @@ def show(tensor, at=0, most=4):
 
 def _kind(value):
     if isinstance(value, torch.Tensor):
-        return "a number" if value.dim() == 0 else f"a {_dtype(value)} tensor of shape {tuple(value.shape)}"
+        return "a number" if value.dim() == 0 else f"{a(_dtype(value))} tensor of shape {tuple(value.shape)}"
     return f"a {value.type}" if isinstance(value, Other) else "nothing (None)" if value is None else repr(value)[:80]
+
+
+def a(noun):
+    """'a tensor', 'an int64'"""
+    return f"{'an' if noun[:1] in 'aeio' else 'a'} {noun}"  # "a uint8"
 
 
 def type_of(value):
@@ -135,7 +147,11 @@ def type_of(value):
 
 
 def _dtype(tensor):
-    return str(tensor.dtype)[6:]
+    return _name(tensor.dtype)
+
+
+def _name(dtype):
+    return str(dtype)[6:]
 
 
 # ---- traffic --------------------------------------------------------------------------------------------------
@@ -155,7 +171,17 @@ def only_calls(seen, allowed, because):
 def by_hand(seen):
     """Raise `Wrong` where an answer uses more of torch.distributed than send and receive."""
     why = "it calls torch's own {op}: write it here from send and receive alone"
-    only_calls(seen, ("send", "recv"), {"": why})
+    barrier = "it calls barrier: nothing but send and receive may be called here, and they wait as long as is needed"
+    only_calls(seen, ("send", "recv"), {"barrier": barrier, "": why})
+
+
+def own_dtype(seen, dtype, about=""):
+    """Raise `Wrong` where a message has another dtype than the tensor it comes from."""
+    for rank, one in enumerate(seen):
+        for call in one.calls:
+            if call.op == "send" and call.dtype not in ("", _name(dtype)):
+                why = f"the message is {call.dtype}, the tensor {_name(dtype)}: send it in its own dtype"
+                raise Wrong(why, ", ".join(filter(None, [f"rank {rank}", about])))
 
 
 def sent(seen):

@@ -1,5 +1,6 @@
 """The exercises of lesson 00: hints, and how an answer is checked."""
 
+import math
 from collections import Counter
 
 import torch
@@ -21,7 +22,7 @@ class shard_rows:
 
     @staticmethod
     def check(run):
-        cases = [(8, 4), (10, 4), (7, 3), (3, 4), (5, 1), (0, 2), (1797, 8)]
+        cases = [(8, 4), (10, 4), (7, 3), (3, 4), (5, 1), (0, 2), (1797, 8), (61, 7), (15, 11), (122, 7)]
         [seen] = run(_all_shards, cases, n=1)
         for (n, world_size), shards in zip(cases, seen.result, strict=True):
             try:
@@ -43,7 +44,8 @@ def _judge_shards(n, world_size, shards):
     for rank, rows in enumerate(shards):
         if not isinstance(rows, (range, slice)):
             kind = rows.type if isinstance(rows, Other) else type(rows).__name__
-            raise Wrong(f"it returns {rows!r:.60} ({kind}): a range is asked for", f"rank {rank}, {about}")
+            what = "nothing, and" if rows is None else f"{rows!r:.60} ({kind}):"
+            raise Wrong(f"it returns {what} a range is asked for", f"rank {rank}, {about}")
     shards = [range(*rows.indices(n)) if isinstance(rows, slice) else rows for rows in shards]
     sizes, owners = [len(rows) for rows in shards], Counter(row for rows in shards for row in rows)
     shown = {"expected": "each row once, sizes at most 1 apart", "got": ", ".join(map(_written, shards[:8]))}
@@ -52,6 +54,10 @@ def _judge_shards(n, world_size, shards):
     doubled = sorted(row for row, count in owners.items() if count > 1)
     if owners and world_size > 1 and len(set(map(tuple, shards))) == 1:
         raise Wrong("every rank gets the same rows: rank is not used", about, **shown)
+    if (doubled or missing or outside) and shards in _by_floats(n, world_size):
+        raise Wrong(
+            "n / world_size is a float, and times the rank it rounds to a neighbouring row: use //", about, **shown
+        )
     if doubled:
         who = plural([rank for rank, rows in enumerate(shards) if doubled[0] in rows])
         everywhere = all(len(set(a) & set(b)) == 1 for a, b in zip(shards, shards[1:], strict=False))
@@ -60,9 +66,12 @@ def _judge_shards(n, world_size, shards):
     if outside:
         raise Wrong(f"there is no row {outside[0]}: the last shard runs over the end of {n} rows", about, **shown)
     if missing:
-        lost = f"row {missing[0]} belongs" if len(missing) == 1 else f"rows {missing[0]} to {missing[-1]} belong"
+        lost = f"row {missing[0]} belongs" if len(missing) == 1 else f"{_rows_in_words(missing)} belong"
         at_the_end = missing == list(range(n // world_size * world_size, n)) and set(sizes) == {n // world_size}
+        ends = [rows.stop for rows in shards if rows.step == 1]
         why = ": n // world_size rows each leave the remainder out" if at_the_end else ""
+        if missing == sorted(set(ends)) and ends[-1] == n - 1:
+            why = ": each shard ends one early (a range already leaves out its end)"
         raise Wrong(f"{lost} to no rank{why}", about, **shown)
     if max(sizes) - min(sizes) > 1:
         why = f"sizes {', '.join(map(str, sizes))} are more than 1 apart"
@@ -71,6 +80,21 @@ def _judge_shards(n, world_size, shards):
         elif sizes[0] == -(-n // world_size):
             why += ": every rank but the last rounds up, and the last ones get what remains"
         raise Wrong(why, about, **shown)
+
+
+def _by_floats(n, world_size):
+    """What people get who divide by / before they multiply."""
+    share = n / world_size
+    return [
+        [range(whole(rank * share), whole((rank + 1) * share)) for rank in range(world_size)]
+        for whole in (int, round, math.ceil)
+    ]
+
+
+def _rows_in_words(rows):
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return f"rows {rows[0]} to {rows[-1]}"
+    return "rows " + ", ".join(map(str, rows[:8])) + ", …" * (len(rows) > 8)
 
 
 def _written(rows):
@@ -119,12 +143,30 @@ def _average(answer, seed, dtype, same_weights=True, in_pairs=False, extra_on=ra
     loss = _loss(model, _rows(seed, rank, dtype), with_extra=rank in extra_on)
     (loss * (rank not in zero_on)).backward()
     before, weights = _gradients(model), {name: p.detach().clone() for name, p in model.named_parameters()}
-    groups = [group_of([0, 2]), group_of([1, 3])] if in_pairs else []
-    seen = watched(answer, model, **({"group": groups[rank % 2]} if in_pairs else {}))
-    touched = [name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]
     trainable = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
-    seen.kept = {"before": before, "after": _gradients(model), "touched": touched, "trainable": trainable}
+    groups = [group_of([0, 2]), group_of([1, 3])] if in_pairs else []
+    try:
+        seen = watched(answer, model, **({"group": groups[rank % 2]} if in_pairs else {}))
+    except (TypeError, AttributeError) as error:
+        if "NoneType" in str(error) and (empty := _without_gradient(model, error.__traceback__)):
+            error.args = (f"{error.args[0]} (the gradient of {empty} is None)",)
+        raise
+    touched = [name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]
+    turned = [name for name, p in model.named_parameters() if p.requires_grad != (name in trainable)]
+    after = _gradients(model)
+    seen.kept = {"before": before, "after": after, "touched": touched, "trainable": trainable, "turned": turned}
     return seen
+
+
+def _without_gradient(model, traceback):
+    """The name of the parameter that code which failed was looking at, where that one has no gradient; else ""."""
+    names = {id(p): name for name, p in model.named_parameters() if p.grad is None}
+    found = ""
+    while traceback is not None:
+        for value in traceback.tb_frame.f_locals.values():
+            found = names.get(id(value), found)
+        traceback = traceback.tb_next
+    return found
 
 
 def _gradients(model):
@@ -152,6 +194,10 @@ def _judge_average(seen, groups, about, flags=False):
                 why = "average p.grad, not p" if idle else "only the gradients are to change, steps are the optimizer's"
                 name = one.kept["touched"][0]
                 raise Wrong(f"the weights have changed ({name} is the first): {why}", f"rank {rank}, {about}")
+            if one.kept["turned"]:
+                name = one.kept["turned"][0]
+                why = f"it changed requires_grad ({name} is the first): only the gradients are to change"
+                raise Wrong(why, f"rank {rank}, {about}")
         means = {}
         for name in mine[0].kept["before"]:
             own = [one.kept["before"][name] for one in mine]
@@ -159,8 +205,21 @@ def _judge_average(seen, groups, about, flags=False):
                 filled = [torch.zeros_like(next(g for g in own if g is not None)) if g is None else g for g in own]
                 means[name] = torch.stack(filled).mean(0), own, filled
         everyone = {name: [one.kept["before"][name] for one in seen] for name in means}
+        _judge_groups(members, mine, about, strict=False)
         _judge_values(members, mine, means, everyone, about)
+        _judge_groups(members, mine, about, strict=True)
         _judge_traffic(members, mine, means, about, flags)
+
+
+def _judge_groups(members, mine, about, strict):
+    """Raise Wrong where an all_reduce goes over other ranks than those of the group. strict: also where all of them
+    do; before the values were looked at, those tell it better."""
+    for rank, one in zip(members, mine, strict=True):
+        strange = [call for call in one.calls if call.group and set(call.group) != set(members)]
+        if strange and (strict or len(strange) < len(one.calls)):
+            flags = strange == one.calls[:1] and len(one.calls) > 1
+            what = "the flags are summed over all ranks" if flags else "an all_reduce goes over all ranks"
+            raise Wrong(f"{what}: `group` is missing from that all_reduce", f"rank {rank}, {about}")
 
 
 def _judge_values(members, mine, means, everyone, about):
@@ -180,6 +239,13 @@ def _judge_values(members, mine, means, everyone, about):
         if all(_alike(one.kept["after"][name], o) for one, o in zip(mine, own, strict=True))
     ]
     talked = any(call.op == "all_reduce" for call in mine[0].calls)
+    partly = [name for name, (_, own, _) in means.items() if any(g is None for g in own)]
+    if stale and partly == stale and len(stale) < len(means):
+        raise Wrong(
+            f"averaged only where every rank used it: {stale[0]} was used on some, and that is enough (flags are "
+            "added up, or their MAX taken, not their MIN)",
+            f"{plural(members)}, {about}",
+        )
     if stale and len(stale) < len(means):
         done = [name for name in means if name not in stale]
         raise Wrong(
@@ -188,12 +254,15 @@ def _judge_values(members, mine, means, everyone, about):
             f"{plural(members)}, {about}",
         )
     flat = torch.cat([mean.flatten() for mean, *_ in means.values()])
+    divided = mine[0].ops & {"div", "mul", "true_divide"}  # not in place
     for name, (mean, own, filled) in means.items():
         total = mean * n
         after = [one.kept["after"][name] for one in mine]
         users = sum(g is not None for g in own)
         mistakes = [
-            (f"the sum was not divided by {n}, the number of ranks: every element is {n} times too large", total),
+            (f"the sum was divided by {n} into a new tensor that does not reach p.grad: divide in place, g /= n"
+             if divided else
+             f"the sum was not divided by {n}, the number of ranks: every element is {n} times too large", total),
             (
                 "an average was made but never reached p.grad: it went into a copy"
                 if talked
@@ -221,6 +290,8 @@ def _judge_values(members, mine, means, everyone, about):
                 "as zeros", total / users,
             ))  # fmt: skip
         for empty, why in (
+            ([r for r, a, o in zip(members, after, own, strict=True) if a is None and o is not None and o.any()],
+             f"p.grad of {name} is None afterwards: was it cleared (zero_grad)?"),
             ([r for r, a, o in zip(members, after, own, strict=True) if a is None and o is not None],
              f"no gradient is left for {name}: it was zero, which is not the same as None"),
             ([r for r, a in zip(members, after, strict=True) if a is None],
@@ -257,6 +328,9 @@ def _judge_traffic(members, mine, means, about, flags):
         expected = f"{size:,} bytes" + (f" and up to {extra} more" if extra else "")
         if not size <= made <= size + extra:
             why = f"the result is right, but {made:,} bytes are all-reduced for {size:,} bytes of gradients"
+            if made < size:
+                why = f"the result is right, but only {made:,} of {size:,} bytes of gradients are all-reduced"
+                raise Wrong(f"{why}: zero gradients were skipped, zero is not None", where, expected, f"{made:,} bytes")
             twice = made - size == trainable["fc2.weight"]
             more = "a weight that two layers share comes up twice in modules()" if twice else "each once is enough"
             raise Wrong(f"{why}: {more}", where, expected, f"{made:,} bytes")
@@ -326,6 +400,9 @@ class average_used_gradients:
             _judge_average(seen, ALL, about, flags=True)
         about = "two groups of 2 ranks, `extra` used on ranks 0, 1"
         seen = run(_average, 6, torch.float64, True, True, [0, 1], about=about, stuck=stuck)
+        _judge_average(seen, PAIRS, about, flags=True)
+        about = "two groups of 2 ranks, `extra` used in one of them: ranks 1, 3"
+        seen = run(_average, 9, torch.float64, True, True, [1, 3], about=about, stuck=stuck)
         _judge_average(seen, PAIRS, about, flags=True)
         about = "4 ranks, all gradients zero (and not None)"
         seen = run(_average, 8, torch.float64, True, False, EVERYWHERE, EVERYWHERE, about=about, stuck=stuck)

@@ -24,11 +24,14 @@ _DDP = f"{Path(torch.__file__).parent}/nn/parallel/distributed.py"
 
 @dataclass
 class Call:
-    """One communication: `op` is send, recv, all_reduce …; `bytes` what it was given; `peer` of a send or recv."""
+    """One communication: `op` is send, recv, all_reduce …; `bytes` and `dtype` of what it was given; `peer` of a send
+    or recv; `group` its ranks, as the whole world numbers them (empty where that is not known)."""
 
     op: str
     bytes: int
     peer: int | None = None
+    dtype: str = ""
+    group: tuple[int, ...] = ()
 
 
 @dataclass
@@ -41,6 +44,8 @@ class Seen:
     hidden: int = 0  # calls made where the check does not look: in another thread
     torchs: str = ""  # something of torch's that does it all, if it was called: DDP, a collective that pickles
     reference: str = ""  # a function of this course that was called
+    ops: set[str] = field(default_factory=set)  # torch's own operations that were used: "div", "add_", …
+    dtypes: set[str] = field(default_factory=set)  # of the tensors that those gave
     kept: dict = field(default_factory=dict)  # what the exercise wants to look at besides
 
 
@@ -54,7 +59,7 @@ class Other:
 class _Noting(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.calls, self.works = [], []
+        self.calls, self.works, self.ops, self.dtypes = [], [], set(), set()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         space, _, name = function._schema.name.partition("::")
@@ -63,10 +68,13 @@ class _Noting(TorchDispatchMode):
             raise ValueError(f"there is no rank {peer}")  # gloo would wait for it
         result = function(*args, **(kwargs or {}))
         if space == "c10d":
-            self.calls.append(Call(_op(name), _bytes(args[0]), peer))
+            self.calls.append(Call(_op(name), _bytes(args[0]), peer, _dtype(args[0]), _ranks(args)))
             self.works.append(result)
         elif space in ("_c10d_functional", "c10d_functional") and not name.startswith("_") and name != "wait_tensor":
-            self.calls.append(Call(_op(name), _bytes(args[0])))
+            self.calls.append(Call(_op(name), _bytes(args[0]), None, _dtype(args[0]), _ranks(args)))
+        else:
+            self.ops.add(name)
+            self.dtypes.add(_dtype(result))
         return result
 
 
@@ -92,6 +100,26 @@ def _bytes(tensors):
     if isinstance(tensors, torch.Tensor):
         return tensors.numel() * tensors.element_size()
     return sum(map(_bytes, tensors)) if isinstance(tensors, (list, tuple)) else 0
+
+
+def _dtype(tensors):
+    """'float32', of a tensor or of the first in a list; '' where there is none."""
+    if isinstance(tensors, (list, tuple)):
+        return next(filter(None, map(_dtype, tensors)), "")
+    return str(tensors.dtype)[6:] if isinstance(tensors, torch.Tensor) else ""
+
+
+def _ranks(args):
+    """The ranks of the group among the arguments of a communication operator, () where it cannot be told."""
+    for value in args:
+        try:
+            if isinstance(value, torch.ScriptObject):
+                return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(value)))
+            if isinstance(value, str) and (group := distributed_c10d._resolve_process_group(value)):
+                return tuple(dist.get_process_group_ranks(group))
+        except Exception:  # another object, another text: the name of an operation
+            pass
+    return ()
 
 
 def watched(answer, *args, **kwargs):
@@ -124,7 +152,7 @@ def watched(answer, *args, **kwargs):
                 sys.setprofile(None)
     finally:
         Work.wait = plain_wait
-    seen.result, seen.calls = plain(result), noting.calls
+    seen.result, seen.calls, seen.ops, seen.dtypes = plain(result), noting.calls, noting.ops, noting.dtypes
     seen.unwaited = max(0, len(noting.works) - len(waited))
     seen.hidden = max(0, _sequence() - before - len(noting.calls))
     return seen

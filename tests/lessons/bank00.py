@@ -58,6 +58,27 @@ def forgets_that_later_ones_move_on(n, rank, world_size):
     return range(rank * each, (rank + 1) * each + (rank < left))
 
 
+@mistake("shard_rows", "is a float, and times the rank it rounds to a neighbouring row: use //")
+def divides_into_floats(n, rank, world_size):
+    return range(int(rank * (n / world_size)), int((rank + 1) * (n / world_size)))
+
+
+@mistake("shard_rows", "is a float, and times the rank it rounds to a neighbouring row: use //")
+def divides_into_floats_first(n, rank, world_size):
+    each = n / world_size
+    return range(int(each * rank), int(each * rank + each))
+
+
+@mistake("shard_rows", "rows 1, 3, 5, 7 belong to no rank: each shard ends one early")
+def leaves_out_the_end_twice(n, rank, world_size):
+    return range(n * rank // world_size, n * (rank + 1) // world_size - 1)
+
+
+@mistake("shard_rows", "it returns nothing, and a range is asked for: did you print it instead of returning it?")
+def prints_it(n, rank, world_size):
+    print(range(n * rank // world_size, n * (rank + 1) // world_size))
+
+
 # ---- average_gradients ----------------------------------------------------------------------------------------
 
 
@@ -162,9 +183,53 @@ def fills_with_zeros(model, group=None):
         p.grad /= dist.get_world_size(group)
 
 
-@mistake("average_gradients", "(something is None there?)")
+@mistake("average_gradients", "(the gradient of frozen.weight is None)")
 def no_thought_of_none(model, group=None):
     for p in model.parameters():
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "(the gradient of unused.weight is None)")
+def asks_requires_grad_only(model, group=None):
+    for p in model.parameters():
+        if p.requires_grad:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_gradients", "it changed requires_grad (fc1.weight is the first)")
+def freezes_what_it_has_done(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+            p.requires_grad_(False)
+
+
+@mistake("average_gradients", "p.grad of fc1.weight is None afterwards: was it cleared (zero_grad)?")
+def clears_up_afterwards(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+    model.zero_grad()
+
+
+@mistake("average_gradients", "divided by 4 into a new tensor that does not reach p.grad")
+def binds_the_mean_to_a_name(model, group=None):
+    n = dist.get_world_size(group)
+    for p in model.parameters():
+        if p.grad is not None:
+            g = p.grad
+            dist.all_reduce(g, group=group)
+            g = g / n
+
+
+@mistake("average_gradients", "makes all_reduce(float64 [8, 6], SUM)")
+def in_an_order_of_its_own(model, group=None):
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    for p in parameters if dist.get_rank() else parameters[::-1]:
         dist.all_reduce(p.grad, group=group)
         p.grad /= dist.get_world_size(group)
 
@@ -374,7 +439,40 @@ def gathers_flags_as_objects(model, group=None):
     )
 
 
-@mistake("average_used_gradients", "pickles")
+def averaged_where(used, parameters, group):
+    for p, ranks in zip(parameters, used.tolist(), strict=True):
+        if ranks > 0:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_used_gradients", "the flags are summed over all ranks: `group` is missing from that all_reduce")
+def flags_of_all_ranks(model, group=None):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    dist.all_reduce(used)
+    averaged_where(used, parameters, group)
+
+
+@mistake("average_used_gradients", "zero gradients were skipped, zero is not None")
+def zero_flags_for_zeros(model, group=None):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    used = torch.tensor([p.grad is not None and bool(p.grad.any()) for p in parameters], dtype=torch.int32)
+    dist.all_reduce(used, group=group)
+    averaged_where(used, parameters, group)
+
+
+@mistake("average_used_gradients", "averaged only where every rank used it: extra.weight")
+def flags_by_min(model, group=None):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+    dist.all_reduce(used, dist.ReduceOp.MIN, group=group)
+    averaged_where(used, parameters, group)
+
+
+@mistake("average_used_gradients", "pickles what it sends: make a tensor of it, and send that")
 def agrees_by_objects(model, group=None):
     flags = [None] * dist.get_world_size(group)
     dist.all_gather_object(flags, [p.grad is not None for p in model.parameters()], group)

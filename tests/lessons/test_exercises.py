@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 
 from pardist_lib.lessons import bench, exercises
 from pardist_lib.lessons.exercises import blank, check, hint, progress, solution
-from pardist_lib.lessons.watch import in_world
+from pardist_lib.lessons.watch import group_of, in_world, watched
 
 pytestmark = pytest.mark.usefixtures("ranks", "answers_folder")
 NAMES = list(exercises.exercises())
@@ -120,7 +121,9 @@ def test_html_shows_what_an_answer_printed_as_text():
 
 def test_answers_survive_and_are_checked_again(answers_folder):
     assert check("shard_rows", rows).passed
-    assert check("shard_rows", wrong_rows).status == "failed"
+    verdict = check("shard_rows", wrong_rows)
+    assert verdict.status == "failed"
+    assert verdict.note == "Your earlier answer, which passed, is kept in pardist_answers/shard_rows.py."
     assert check("shard_rows").passed  # the one that passed is still there
     assert "wrong_rows" in (answers_folder / "history" / "shard_rows.2.py").read_text()
     file = answers_folder / "shard_rows.py"
@@ -241,6 +244,25 @@ def test_an_answer_that_never_returns():
     assert check("shard_rows", rows).passed
 
 
+class SlowToArrive:
+    """An answer that takes its time to be unpickled, as a module takes its time to be imported."""
+
+    def __call__(self, n, rank, world_size):
+        return rows(n, rank, world_size)
+
+    def __reduce__(self):
+        return _after_a_while, ()
+
+
+def _after_a_while():
+    time.sleep(2)  # longer than the patience of these tests
+    return SlowToArrive()
+
+
+def test_slow_imports_are_no_hang():
+    assert bench.Bench(SlowToArrive())._prepare("pardist_lib.lessons.lesson00") is None
+
+
 @pytest.mark.parametrize("end, said", [(lambda: os._exit(3), "exit code 3"),
                                        (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL")])  # fmt: skip
 def test_an_answer_that_ends_its_rank(end, said):
@@ -342,6 +364,28 @@ def test_smaller_worlds_on_the_same_ranks(ranks):
         seen = ranks.run(in_world, n, who_am_i)
         assert seen == [(rank, n, float(n), list(range(n))) for rank in range(n)] + [None] * (4 - n)
     assert ranks.run(who_am_i) == [(rank, 4, 4.0, [0, 1, 2, 3]) for rank in range(4)]
+
+
+def calls_of_all_kinds():
+    half = group_of([0, 2]) if dist.get_rank() % 2 == 0 else group_of([0, 2]) and None
+    x = torch.ones(2, dtype=torch.float64)
+
+    def answer():
+        dist.all_reduce(x.float() / 2)
+        if half:
+            functional.all_reduce(x, "sum", half)
+            dist.all_reduce(x, group=half)
+
+    return watched(answer)
+
+
+def test_calls_are_seen_with_their_group_and_dtype(ranks):
+    first, second = ranks.run(calls_of_all_kinds)[:2]
+    assert [(c.op, c.bytes, c.dtype, c.group) for c in first.calls] == [
+        ("all_reduce", 8, "float32", (0, 1, 2, 3)), ("all_reduce", 16, "float64", (0, 2)),
+        ("all_reduce", 16, "float64", (0, 2)),
+    ]  # fmt: skip
+    assert len(second.calls) == 1 and "div" in first.ops and "add" not in first.ops and "float32" in first.dtypes
 
 
 def test_a_failure_in_a_smaller_world_leaves_the_whole_one(ranks):
