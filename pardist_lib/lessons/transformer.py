@@ -51,6 +51,21 @@ def language_loss(logits, words):
     return F.cross_entropy(logits.flatten(0, 1), words.flatten())
 
 
+def bytes_kept(module, x):
+    """Bytes that autograd keeps for the backward of module(x). Memory that several tensors share counts once; the
+    module's own parameters do not count."""
+    own, found = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
+
+    def keep(t):
+        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = module(x)  # held until all is counted: memory that is given back would be used again
+    del y
+    return sum(size for memory, size in found.items() if memory not in own)
+
+
 class SequenceParallelPositions(Positions):
     """`Positions` for a rank's part of the sequence; every rank has the whole table, and equally many positions."""
 

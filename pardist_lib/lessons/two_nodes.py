@@ -46,7 +46,7 @@ def whole(words, **sizes):
 
 
 def measure(ways, words, node_of, **sizes):
-    """{way: [loss, bytes of collectives within this rank's node, bytes of those across]}"""
+    """{way: [loss, bytes of collectives within this rank's node, bytes of those across, how many those are]}"""
     prepared, found = {}, {}
     for way, splits in ways.items():
         groups = [[dist.new_group(ranks) for ranks in split] for split in splits]
@@ -56,8 +56,8 @@ def measure(ways, words, node_of, **sizes):
     for way, call in prepared.items():
         loss, recorded = record(step, *call)
         calls = Trace([(loss, recorded)]).collectives
-        across = sum(e.bytes for e in calls if len({node_of(rank) for rank in e.group}) > 1)
-        found[way] = [loss, sum(e.bytes for e in calls) - across, across]
+        across = [e.bytes for e in calls if len({node_of(rank) for rank in e.group}) > 1]
+        found[way] = [loss, sum(e.bytes for e in calls) - sum(across), sum(across), len(across)]
     return found
 
 
