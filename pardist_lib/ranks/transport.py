@@ -17,6 +17,7 @@ import pickle
 import socket
 import sys
 import tempfile
+import types
 from multiprocessing import connection
 from pathlib import Path
 
@@ -36,8 +37,17 @@ def _tensor(buffer, dtype, shape, requires_grad, parameter):
     return tensor.requires_grad_(requires_grad)
 
 
+def _code(code):
+    """As cloudpickle takes code apart, but with the file it is from: errors name the reader's cell by it. (From 3.1.3
+    on cloudpickle writes <dynamic-code> instead.)"""
+    make, parts = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
+    return make, tuple(code.co_filename if part == "<dynamic-code>" else part for part in parts)
+
+
 class _Pickler(cloudpickle.Pickler):
     """cloudpickle, with ordinary tensors as plain bytes: values only, on the CPU, without their autograd graph."""
+
+    dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({types.CodeType: _code})
 
     def reducer_override(self, obj):
         torch = sys.modules.get("torch")
