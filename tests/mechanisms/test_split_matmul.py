@@ -193,22 +193,24 @@ def beside_dtensor(dtype):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    rank, n = dist.get_rank(), dist.get_world_size()
-    mesh, gaps = init_device_mesh("cpu", (n,)), {}
-    for split, (in_b, in_c, _) in CUTS.items():
+    rank, n, gaps = dist.get_rank(), dist.get_world_size(), {}
+    line = init_device_mesh("cpu", (n,))
+    ways = [(split, line, [[Replicate() if d is None else Shard(d)] for d in dims[:2]]) for split, dims in CUTS.items()]
+    if n == 4:
+        ways.append(((2, 2), init_device_mesh("cpu", (2, 2)), [[Shard(0), Shard(1)]] * 2))
+    for split, mesh, placements in ways:
         case = case_of(split, (4 * n, 3 * n, 2 * n), gather=True, dtype=dtype)
-        whole_b, whole_c, a_grad = operands(case)
-        theirs = [distribute_tensor(w.clone(), mesh, [Replicate() if d is None else Shard(d)]).requires_grad_()
-                  for w, d in ((whole_b, in_b), (whole_c, in_c))]  # fmt: skip
+        *wholes, a_grad = operands(case)
+        theirs = [
+            distribute_tensor(w.clone(), mesh, p).requires_grad_() for w, p in zip(wholes, placements, strict=True)
+        ]
         product = (theirs[0] @ theirs[1]).full_tensor()
         (product * a_grad).sum().backward()
-        ours = [cut(case, w, i, rank, n).clone().requires_grad_() for i, w in enumerate((whole_b, whole_c))]
+        ours = [cut(case, w, i, rank, n).clone().requires_grad_() for i, w in enumerate(wholes)]
         a = multiply(case, *ours)
         (a * a_grad).sum().backward()
-        pairs = [(a, product)]
-        for i in (0, 1):
-            pairs.append((ours[i].grad, cut(case, theirs[i].grad.full_tensor(), i, rank, n)))
-        gaps[split] = max((x - y).abs().max().item() for x, y in pairs)
+        pairs = [(ours[i].grad, cut(case, theirs[i].grad.full_tensor(), i, rank, n)) for i in (0, 1)]
+        gaps[str(split)] = max((x - y).abs().max().item() for x, y in [(a, product), *pairs])
     return gaps
 
 
