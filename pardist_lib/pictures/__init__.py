@@ -15,5 +15,5 @@ from .timeline import timeline
 from .widgets import Live, contact_sheet, knobs, stepper
 
 __all__ = ["Live", "Picture", "Table",
-           "activations", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "knobs", "matmul",
+           "activations", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "knobs", "matmul", "memory",
            "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients", "stepper", "timeline"]
