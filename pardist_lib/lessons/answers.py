@@ -1,8 +1,8 @@
 """The reader's own files: answers and progress, in a folder beside the notebooks.
 
-    pardist_answers/ring_all_reduce.py              the answer that counts: the newest that passed, else the newest
-    pardist_answers/history/ring_all_reduce.1.py    every different answer ever checked, in order
-    pardist_answers/progress.json                   which answers passed
+    pardist_answers/my_ring_all_reduce.py            the answer that counts: the newest that passed, else the newest
+    pardist_answers/history/my_ring_all_reduce.1.py  every different answer ever checked, in order
+    pardist_answers/progress.json                    which answers passed
 
 A file is written beside its place and then moved into it, under a lock, so that two notebooks at once and a crash
 in the middle do no harm. An update of the course touches none of this. PARDIST_ANSWERS names another folder.

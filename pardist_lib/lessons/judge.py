@@ -88,6 +88,8 @@ def _other_kind(got, expected, what):
 def _pattern(got, expected, before, what, tolerance):
     """One sentence on how two tensors of one shape and dtype differ."""
     g, e = got.flatten().double(), expected.flatten().double()
+    if got.dim() == 0 and not e and not g.isnan():
+        return f"{what} is {g.item():.4g} where 0 is right"
     if not g.isfinite().all():
         return f"{what} contains {'NaN' if g.isnan().any() else 'infinity'}"
     if before is not None and equal(got, before):
@@ -97,8 +99,6 @@ def _pattern(got, expected, before, what, tolerance):
     if torch.allclose(g, e, 1e-5, 1e-6):
         return f"{what} is right to about 7 digits only: float64 values went through float32"
     if got.dim() == 0:
-        if not e:
-            return f"{what} is {g.item():.4g} where 0 is right"
         return f"{what} is {(g / e).item():.4g} times what it should be"
     if (e != 0).all() and torch.allclose(g / e, (g / e)[0], 1e-4):
         return f"every element of {what} is {(g / e)[0].item():.4g} times as large as it should be"

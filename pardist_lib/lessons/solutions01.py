@@ -54,15 +54,15 @@ def my_all_gather(tensor: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def ring_all_reduce(tensor: torch.Tensor) -> None:
+def my_ring_all_reduce(tensor: torch.Tensor) -> None:
     """Replace `tensor` by its sum over all ranks, by passing pieces of it around a ring.
 
     tensor: contiguous, any shape and dtype, the same on every rank; any number of elements, also fewer than ranks.
     In place: afterwards every rank's `tensor` holds the sum.
     Sends: dist.isend and dist.irecv (or send, recv) only, each rank to rank + 1 only, the last one to rank 0.
     With n ranks and S bytes each rank sends 2(n - 1)/n · S: n - 1 steps in which one n-th of the tensor is passed
-    on and added up, then n - 1 in which the finished n-ths go round. Where n does not divide the number of elements,
-    some pieces have one element more.
+    on and added up, then n - 1 in which the finished n-ths go round. Where n does not divide the number of
+    elements, some pieces have one element more than others, and never two.
     """
     rank, n = dist.get_rank(), dist.get_world_size()
     pieces = tensor.view(-1).tensor_split(n)  # views: what is written into a piece is written into tensor
@@ -81,7 +81,7 @@ def ring_all_reduce(tensor: torch.Tensor) -> None:
 def ring_bytes(size_in_bytes: int, n: int) -> float:
     """How many bytes each of n ranks sends in a ring all-reduce of a tensor of size_in_bytes.
 
-    n: 1 or more; one rank sends nothing.
+    n: 1 or more; one rank sends nothing. The value of the formula, also where that is no whole number.
     """
     return 2 * (n - 1) / n * size_in_bytes
 
@@ -89,15 +89,15 @@ def ring_bytes(size_in_bytes: int, n: int) -> float:
 def fit_alpha_beta(sizes: list, seconds: list) -> tuple[float, float]:
     """Latency and bandwidth of a link, from how long messages of several sizes took on it.
 
-    sizes: the messages' sizes in bytes, in any order. seconds: how long each took.
+    sizes: the messages' sizes in bytes, in any order. seconds: how long each took. Neither list is changed.
     Returns (latency in seconds, bandwidth in bytes per second) of the model seconds = latency + size / bandwidth
-    that fits best: the least sum of (measured - model)², each measurement counting alike.
+    that fits best: the least sum of ((measured - model) / measured)². As a share of what was measured, because a
+    microsecond matters to a short message and not to a long one.
     """
     x, y = torch.tensor(sizes, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64)
-    x_off, y_off = x - x.mean(), y - y.mean()
-    slope = (x_off * y_off).sum() / (x_off**2).sum()  # seconds per byte
-    latency = y.mean() - slope * x.mean()
-    return latency.item(), 1 / slope.item()
+    columns = torch.stack([1 / y, x / y], 1)  # latency * 1/y + slope * x/y is to be 1
+    latency, slope = torch.linalg.lstsq(columns, torch.ones(len(x), 1, dtype=torch.float64)).solution.flatten()
+    return latency.item(), 1 / slope.item()  # the slope is in seconds per byte
 
 
 def bus_bandwidth(size_in_bytes: int, seconds: float, n: int) -> float:

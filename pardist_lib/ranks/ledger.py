@@ -254,8 +254,11 @@ def _noting_p2p(ledger, rank, method, name):
     def call(group, tensors, peer, tag=0, *args, **kwargs):
         members = _members(group)
         if not 0 <= peer < len(members):
-            raise ValueError(f"there is no rank {peer} to {name}: the group has ranks 0 to {len(members) - 1}")
+            verb = "send to" if name == "send" else "receive from"
+            raise ValueError(f"there is no rank {peer} to {verb}: the group has ranks 0 to {len(members) - 1}")
         other = members[peer]
+        if other == rank:
+            raise ValueError(f"rank {rank} {'sends to' if name == 'send' else 'receives from'} itself: copy_ does that")
         pair = (rank, other) if name == "send" else (other, rank)
         # a message and its receipt are one entry each in a channel of this pair, numbered alike
         here, where = channel(pair, group.group_name, pair, tag), place()

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ def swap(piece, spare, right, left):
     message = dist.isend(piece, right)
     dist.recv(spare, left)
     message.wait()
+
+
+def fitted(sizes, seconds):
+    """(slope, latency), right as far as it goes."""
+    return np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))
 
 
 # ---- my_broadcast ---------------------------------------------------------------------------------------------
@@ -141,6 +147,67 @@ def never_waits(tensor, src):
                 dist.isend(tensor, other)
     else:
         dist.recv(tensor, src)
+
+
+@mistake("my_broadcast", "its only call (isend, irecv or async_op=True) was never waited for")
+def never_waits_for_what_it_receives(tensor, src):
+    rank, n, _, _ = ring()
+    if rank == src:
+        for other in range(n):
+            if other != src:
+                dist.isend(tensor, other).wait()
+    else:
+        dist.irecv(tensor, src)
+        time.sleep(0.05)
+
+
+@mistake("my_broadcast", "it does not work for a tensor without dimensions, a single number")
+def one_row_after_the_other(tensor, src):
+    rank, n, _, _ = ring()
+    for i in range(len(tensor)):
+        if rank == src:
+            for other in range(n):
+                if other != src:
+                    dist.send(tensor[i], other)
+        else:
+            dist.recv(tensor[i], src)
+
+
+@mistake("my_broadcast", "it calls barrier: nothing but send and receive may be called here")
+def with_a_barrier(tensor, src):
+    dist.barrier()
+    if dist.get_rank() == src:
+        for other in range(dist.get_world_size()):
+            if other != src:
+                dist.send(tensor, other)
+    else:
+        dist.recv(tensor, src)
+
+
+@mistake("my_broadcast", "nobody receives: to the right of rank 3, the last one, there is nobody")
+def a_chain_that_ends(tensor, src):
+    rank, n = dist.get_rank(), dist.get_world_size()
+    if rank > src:
+        dist.recv(tensor, rank - 1)
+    if src <= rank < n - 1:
+        dist.send(tensor, rank + 1)
+
+
+@mistake("my_broadcast", "receives from itself")
+def everybody_receives(tensor, src):
+    dist.recv(tensor, src)
+
+
+@mistake("my_broadcast", "the message is float32, the tensor int64: send it in its own dtype")
+def sends_float32(tensor, src):
+    whole = tensor if tensor.is_floating_point() else tensor.float()
+    if dist.get_rank() == src:
+        for other in range(dist.get_world_size()):
+            if other != src:
+                dist.send(whole, other)
+    else:
+        dist.recv(whole, src)
+        tensor.copy_(whole)
 
 
 # ---- exchange -------------------------------------------------------------------------------------------------
@@ -287,6 +354,30 @@ def even_and_odd_with_a_slip(tensor):
     return from_left, from_right
 
 
+@mistake("exchange", "it works with 4 ranks, but 3 cannot be paired off, even ranks with odd ones")
+def even_ranks_first(tensor):
+    rank, _, left, right = ring()
+    from_left, from_right = torch.empty_like(tensor), torch.empty_like(tensor)
+    if rank % 2 == 0:
+        dist.send(tensor, right), dist.recv(from_right, right), dist.send(tensor, left), dist.recv(from_left, left)
+    else:
+        dist.recv(from_left, left), dist.send(tensor, left), dist.recv(from_right, right), dist.send(tensor, right)
+    return from_left, from_right
+
+
+@mistake("exchange", "it does not work for a tensor without dimensions, a single number")
+def row_by_row(tensor):
+    _, _, left, right = ring()
+    from_left, from_right = torch.empty_like(tensor), torch.empty_like(tensor)
+    messages = []
+    for i in range(len(tensor)):
+        messages += [dist.isend(tensor[i], right), dist.isend(tensor[i], left)]
+        messages += [dist.irecv(from_left[i], left), dist.irecv(from_right[i], right)]
+    for message in messages:
+        message.wait()
+    return from_left, from_right
+
+
 # ---- my_all_gather --------------------------------------------------------------------------------------------
 
 
@@ -310,7 +401,7 @@ def in_order_of_arrival(tensor):
     return torch.stack(rows)
 
 
-@mistake("my_all_gather", "a rank's own row is empty")
+@mistake("my_all_gather", "a rank's own row is not filled")
 def own_row_forgotten(tensor):
     rank, n, _, _ = ring()
     rows = tensor.new_zeros(n, *tensor.shape)
@@ -319,6 +410,37 @@ def own_row_forgotten(tensor):
     for message in messages:
         message.wait()
     return rows
+
+
+@mistake("my_all_gather", "a rank's own row is not filled")
+def own_row_forgotten_and_not_zero(tensor):
+    rank, n, _, _ = ring()
+    rows = tensor.new_full((n, *tensor.shape), 77)
+    messages = [dist.isend(tensor, other) for other in range(n) if other != rank]
+    messages += [dist.irecv(rows[other], other) for other in range(n) if other != rank]
+    for message in messages:
+        message.wait()
+    return rows
+
+
+@mistake("my_all_gather", "it does not work for a tensor without dimensions, a single number")
+def joined_and_viewed(tensor):
+    rank, n, left, right = ring()
+    rows = [torch.empty_like(tensor) for _ in range(n)]
+    rows[rank].copy_(tensor)
+    for step in range(n - 1):
+        swap(rows[(rank - step) % n], rows[(rank - step - 1) % n], right, left)
+    return torch.cat(rows).view(n, *tensor.shape)
+
+
+@mistake("my_all_gather", "the message is float64, the tensor float32: send it in its own dtype")
+def gathers_float64(tensor):
+    rank, n, left, right = ring()
+    rows = tensor.new_empty((n, *tensor.shape), dtype=torch.float64)
+    rows[rank] = tensor
+    for step in range(n - 1):
+        swap(rows[(rank - step) % n], rows[(rank - step - 1) % n], right, left)
+    return rows.to(tensor.dtype)
 
 
 @mistake("my_all_gather", "what was received has to be passed on")
@@ -414,25 +536,25 @@ def by_steps(tensor, first, second, pieces=None, add=True, copy=True):
         piece.copy_(arrived if copy else piece + arrived)
 
 
-@mistake("ring_all_reduce", "one step too few in the second half")
+@mistake("my_ring_all_reduce", "one step too few in the second half")
 def a_step_too_few(tensor):
     n = dist.get_world_size()
     by_steps(tensor, n - 1, n - 2)
 
 
-@mistake("ring_all_reduce", "one step too few in the first half")
+@mistake("my_ring_all_reduce", "one step too few in the first half")
 def a_step_too_few_before(tensor):
     n = dist.get_world_size()
     by_steps(tensor, n - 2, n - 1)
 
 
-@mistake("ring_all_reduce", "it makes 7 steps, 6 are enough")
+@mistake("my_ring_all_reduce", "it makes 7 steps, 6 are enough")
 def a_step_too_many(tensor):
     n = dist.get_world_size()
     by_steps(tensor, n, n - 1)
 
 
-@mistake("ring_all_reduce", "a rank's own share comes back to it and is added twice")
+@mistake("my_ring_all_reduce", "a rank's own share comes back to it and is added twice")
 def own_share_twice(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
@@ -443,56 +565,56 @@ def own_share_twice(tensor):
         piece.copy_(piece + arrived if step < n else arrived)
 
 
-@mistake("ring_all_reduce", "only the first half was done")
+@mistake("my_ring_all_reduce", "only the first half was done")
 def half_of_it(tensor):
     by_steps(tensor, dist.get_world_size() - 1, 0)
 
 
-@mistake("ring_all_reduce", "the second half adds what arrives")
+@mistake("my_ring_all_reduce", "the second half adds what arrives")
 def adds_to_the_end(tensor):
     n = dist.get_world_size()
     by_steps(tensor, n - 1, n - 1, copy=False)
 
 
-@mistake("ring_all_reduce", "the first half copies what arrives")
+@mistake("my_ring_all_reduce", "the first half copies what arrives (it has to be added")
 def never_adds(tensor):
     n = dist.get_world_size()
     by_steps(tensor, n - 1, n - 1, add=False)
 
 
-@mistake("ring_all_reduce", "divided by 4: the sum is asked for, not the mean")
+@mistake("my_ring_all_reduce", "divided by 4: the sum is asked for, not the mean")
 def the_mean(tensor):
     n = dist.get_world_size()
     by_steps(tensor, n - 1, n - 1)
     tensor /= n
 
 
-@mistake("ring_all_reduce", "it works where 4 divides the number of elements, but not for 10")
+@mistake("my_ring_all_reduce", "it works where 4 divides the number of elements, but not for 10")
 def divisible_sizes_only(tensor):
     n = dist.get_world_size()
     by_steps(tensor, n - 1, n - 1, list(tensor.view(n, -1)))
 
 
-@mistake("ring_all_reduce", "it works where 4 divides the number of elements, but not for 10")
+@mistake("my_ring_all_reduce", "it works where 4 divides the number of elements, but not for 10")
 def the_rest_is_left(tensor):
     n = dist.get_world_size()
     each = tensor.numel() // n
     by_steps(tensor, n - 1, n - 1, [tensor.view(-1)[i * each : (i + 1) * each] for i in range(n)])
 
 
-@mistake("ring_all_reduce", "fewer elements than ranks")
+@mistake("my_ring_all_reduce", "every piece but the last is rounded up, and 1 elements remain")
 def chunk_makes_fewer_pieces(tensor):
     n = dist.get_world_size()
     by_steps(tensor, n - 1, n - 1, tensor.view(-1).chunk(n))
 
 
-@mistake("ring_all_reduce", "it works only for tensors with one dimension")
+@mistake("my_ring_all_reduce", "it works only for tensors with one dimension")
 def one_dimension_only(tensor):
     n = dist.get_world_size()
     by_steps(tensor, n - 1, n - 1, [piece.contiguous() for piece in tensor.tensor_split(n, -1)])
 
 
-@mistake("ring_all_reduce", "whole tensors go round")
+@mistake("my_ring_all_reduce", "whole tensors go round")
 def whole_tensors(tensor):
     _, n, left, right = ring()
     passed_on = tensor.clone()
@@ -503,7 +625,7 @@ def whole_tensors(tensor):
         passed_on = arrived
 
 
-@mistake("ring_all_reduce", "everything passes through rank 0")
+@mistake("my_ring_all_reduce", "everything passes through rank 0")
 def a_server(tensor):
     rank, n, _, _ = ring()
     if rank:
@@ -518,7 +640,7 @@ def a_server(tensor):
         dist.send(tensor, other)
 
 
-@mistake("ring_all_reduce", "this is no ring: rank 0 sends to ranks 1–3")
+@mistake("my_ring_all_reduce", "this is no ring: rank 0 sends to ranks 1–3")
 def direct(tensor):
     rank, n, _, _ = ring()
     pieces = tensor.view(-1).tensor_split(n)
@@ -535,7 +657,7 @@ def direct(tensor):
         message.wait()
 
 
-@mistake("ring_all_reduce", "it runs the other way round")
+@mistake("my_ring_all_reduce", "it runs the other way round")
 def the_other_way_round(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
@@ -546,7 +668,7 @@ def the_other_way_round(tensor):
         piece.copy_(piece + arrived if step < n - 1 else arrived)
 
 
-@mistake("ring_all_reduce", "every rank waits in recv")
+@mistake("my_ring_all_reduce", "every rank waits in recv")
 def waits_for_the_wrong_neighbour(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
@@ -555,7 +677,7 @@ def waits_for_the_wrong_neighbour(tensor):
         swap(pieces[(rank - step) % n], arrived, right, right)
 
 
-@mistake("ring_all_reduce", "every rank is in send")
+@mistake("my_ring_all_reduce", "every rank is in send")
 def sends_before_anyone_receives(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
@@ -567,7 +689,7 @@ def sends_before_anyone_receives(tensor):
         piece += arrived
 
 
-@mistake("ring_all_reduce", "never waited for")
+@mistake("my_ring_all_reduce", "never waited for")
 def leaves_its_messages_alone(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
@@ -579,7 +701,7 @@ def leaves_its_messages_alone(tensor):
         piece.copy_(piece + arrived if step < n - 1 else arrived)
 
 
-@mistake("ring_all_reduce", "it returns the right values, but `tensor` itself is unchanged")
+@mistake("my_ring_all_reduce", "it returns the right values, but `tensor` itself is unchanged")
 def of_a_copy(tensor):
     tensor = tensor.clone()
     n = dist.get_world_size()
@@ -587,7 +709,7 @@ def of_a_copy(tensor):
     return tensor
 
 
-@mistake("ring_all_reduce", "x = x + y only makes a new tensor")
+@mistake("my_ring_all_reduce", "x = x + y only makes a new tensor")
 def binds_new_pieces(tensor):
     rank, n, left, right = ring()
     pieces = list(tensor.view(-1).tensor_split(n))
@@ -598,19 +720,19 @@ def binds_new_pieces(tensor):
         pieces[at] = pieces[at] + arrived if step < n - 1 else arrived
 
 
-@mistake("ring_all_reduce", "it calls torch's own all_reduce")
+@mistake("my_ring_all_reduce", "it calls torch's own all_reduce")
 def torchs_all_reduce(tensor):
     tensor.copy_(functional.all_reduce(tensor, "sum", dist.group.WORLD))
 
 
-@mistake("ring_all_reduce", "it calls the course's own `ring_all_reduce`")
+@mistake("my_ring_all_reduce", "it calls the course's own `ring_all_reduce`")
 def the_courses_ring(tensor):
     from pardist_lib.mechanisms.collectives import ring_all_reduce as mine
 
     return mine(tensor)
 
 
-@mistake("ring_all_reduce", "through float32")
+@mistake("my_ring_all_reduce", "through float32")
 def in_single_precision(tensor):
     if tensor.dtype != torch.float64:
         n = dist.get_world_size()
@@ -619,6 +741,95 @@ def in_single_precision(tensor):
     n = dist.get_world_size()
     by_steps(single, n - 1, n - 1)
     tensor.copy_(single)
+
+
+@mistake("my_ring_all_reduce", "it cuts along the first dimension: tensor.view(-1) first")
+def as_in_the_lesson(tensor):
+    by_steps(tensor, (n := dist.get_world_size()) - 1, n - 1, tensor.tensor_split(n))
+
+
+@mistake("my_ring_all_reduce", "it does not work for a tensor without dimensions, a single number: rank")
+def flat_only_where_it_has_to_be(tensor):
+    n = dist.get_world_size()
+    by_steps(tensor, n - 1, n - 1, (tensor.view(-1) if tensor.numel() > 1 else tensor).tensor_split(n))
+
+
+def cut(tensor, ends):
+    starts = [0, *ends[:-1]]
+    return [tensor.view(-1)[a:b] for a, b in zip(starts, ends, strict=True)]
+
+
+@mistake("my_ring_all_reduce", "one piece takes all that is left over, 4 elements")
+def the_last_takes_the_rest(tensor):
+    n, each = dist.get_world_size(), tensor.numel() // dist.get_world_size()
+    by_steps(tensor, n - 1, n - 1, cut(tensor, [*(each * (i + 1) for i in range(n - 1)), tensor.numel()]))
+
+
+@mistake("my_ring_all_reduce", "every piece but the last is rounded up, and 1 elements remain")
+def rounds_up_but_the_last(tensor):
+    n, each = dist.get_world_size(), -(-tensor.numel() // dist.get_world_size())
+    by_steps(tensor, n - 1, n - 1, cut(tensor, [min(each * (i + 1), tensor.numel()) for i in range(n)]))
+
+
+@mistake("my_ring_all_reduce", "added into a new tensor, x = x + y")
+def binds_a_name(tensor):
+    rank, n, left, right = ring()
+    pieces = tensor.view(-1).tensor_split(n)
+    for step in range(2 * (n - 1)):
+        piece = pieces[(rank - step - 1) % n]
+        arrived = torch.empty_like(piece)
+        swap(pieces[(rank - step) % n], arrived, right, left)
+        if step < n - 1:
+            piece = piece + arrived
+        else:
+            piece.copy_(arrived)
+
+
+@mistake("my_ring_all_reduce", "or the second half starts with the wrong piece: rank r has finished piece r + 1")
+def second_half_from_its_own_piece(tensor):
+    rank, n, left, right = ring()
+    pieces = tensor.view(-1).tensor_split(n)
+    for i, step in enumerate([*range(n - 1), *range(n - 1)]):
+        first, piece = i < n - 1, pieces[(rank - step - 1) % n]
+        arrived = torch.empty_like(piece)
+        swap(pieces[(rank - step) % n], arrived, right, left)
+        piece.copy_(piece + arrived if first else arrived)
+
+
+@mistake("my_ring_all_reduce", "received into the piece itself, over the rank's own share")
+def receives_over_its_own_share(tensor):
+    rank, n, left, right = ring()
+    pieces = tensor.view(-1).tensor_split(n)
+    for step in range(2 * (n - 1)):
+        piece = pieces[(rank - step - 1) % n]
+        swap(pieces[(rank - step) % n].clone(), piece, right, left)
+        if step < n - 1:
+            piece += piece.clone()
+
+
+@mistake("my_ring_all_reduce", "rank 0 sends to rank 3, and the ring goes to rank + 1")
+def the_pieces_for_the_right_to_the_left(tensor):
+    rank, n, left, right = ring()
+    pieces = tensor.view(-1).tensor_split(n)
+    for step in range(2 * (n - 1)):
+        piece = pieces[(rank - step - 1) % n]
+        arrived = torch.empty(pieces[(rank - step + 1) % n].shape, dtype=tensor.dtype)
+        swap(pieces[(rank - step) % n], arrived, left, right)
+        piece.copy_(piece + arrived[: len(piece)] if step < n - 1 else arrived[: len(piece)])
+
+
+@mistake("my_ring_all_reduce", "the message is float32, the tensor int64: send it in its own dtype")
+def adds_in_float32(tensor):
+    n, single = dist.get_world_size(), tensor if tensor.is_floating_point() else tensor.float()
+    by_steps(single, n - 1, n - 1)
+    tensor.copy_(single)
+
+
+@mistake("my_ring_all_reduce", "the message is float64, the tensor float32: send it in its own dtype")
+def adds_in_float64(tensor):
+    n, double = dist.get_world_size(), tensor.double()
+    by_steps(double, n - 1, n - 1)
+    tensor.copy_(double)
 
 
 # ---- formulas -------------------------------------------------------------------------------------------------
@@ -647,6 +858,31 @@ def whole_numbers_too_early(size_in_bytes, n):
 @mistake("ring_bytes", "this counts elements of 4 bytes")
 def elements(size_in_bytes, n):
     return 4 * 2 * (n - 1) / n * size_in_bytes
+
+
+@mistake("ring_bytes", "rounded to a whole number")
+def in_whole_bytes(size_in_bytes, n):
+    return 2 * (n - 1) * size_in_bytes // n
+
+
+@mistake("ring_bytes", "rounded to a whole number")
+def rounded(size_in_bytes, n):
+    return round(2 * (n - 1) * size_in_bytes / n)
+
+
+@mistake("ring_bytes", "rounded to a whole number")
+def rounded_up(size_in_bytes, n):
+    return math.ceil(2 * (n - 1) * size_in_bytes / n)
+
+
+@mistake("ring_bytes", "size_in_bytes // n drops what is left over")
+def whole_pieces(size_in_bytes, n):
+    return 2 * (n - 1) * (size_in_bytes // n)
+
+
+@mistake("ring_bytes", "is inf where 0 is right: one rank sends nothing")
+def infinite_for_one(size_in_bytes, n):
+    return math.inf if n == 1 else 2 * (n - 1) * size_in_bytes / n
 
 
 @mistake("ring_bytes", "what a server's link carries")
@@ -684,6 +920,16 @@ def in_gigabytes(size_in_bytes, seconds, n):
     return 2 * (n - 1) / n * size_in_bytes / seconds / 1e9
 
 
+@mistake("bus_bandwidth", "the bytes are rounded to a whole number")
+def of_whole_bytes(size_in_bytes, seconds, n):
+    return 2 * (n - 1) * size_in_bytes // n / seconds
+
+
+@mistake("bus_bandwidth", "rounded to a whole number")
+def whole_bytes_a_second(size_in_bytes, seconds, n):
+    return 2 * (n - 1) * size_in_bytes / n // seconds
+
+
 @mistake("bus_bandwidth", "the factor is upside down")
 def upside_down(size_in_bytes, seconds, n):
     return n / (2 * (n - 1)) * size_in_bytes / seconds
@@ -701,19 +947,19 @@ def two_arguments(size_in_bytes, seconds):
 
 @mistake("fit_alpha_beta", "bandwidth and latency are swapped")
 def bandwidth_first(sizes, seconds):
-    slope, latency = np.polyfit(sizes, seconds, 1)
+    slope, latency = fitted(sizes, seconds)
     return 1 / slope, latency
 
 
 @mistake("fit_alpha_beta", "the slope is in seconds per byte")
 def slope_itself(sizes, seconds):
-    slope, latency = np.polyfit(sizes, seconds, 1)
+    slope, latency = fitted(sizes, seconds)
     return latency, slope
 
 
 @mistake("fit_alpha_beta", "slope and latency are swapped")
 def as_polyfit_gives_it(sizes, seconds):
-    return tuple(np.polyfit(sizes, seconds, 1))
+    return tuple(fitted(sizes, seconds))
 
 
 @mistake("fit_alpha_beta", "the line goes through the origin")
@@ -749,28 +995,61 @@ def on_logarithms(sizes, seconds):
 
 @mistake("fit_alpha_beta", "bandwidth is in GB per second")
 def bandwidth_in_gigabytes(sizes, seconds):
-    slope, latency = np.polyfit(sizes, seconds, 1)
+    slope, latency = fitted(sizes, seconds)
     return latency, 1e-9 / slope
 
 
 @mistake("fit_alpha_beta", "latency is in microseconds")
 def latency_in_microseconds(sizes, seconds):
-    slope, latency = np.polyfit(sizes, seconds, 1)
+    slope, latency = fitted(sizes, seconds)
     return latency * 1e6, 1 / slope
 
 
 @mistake("fit_alpha_beta", "the latency is taken from the fastest message")
 def fastest_message(sizes, seconds):
-    slope, _ = np.polyfit(sizes, seconds, 1)
+    slope, _ = fitted(sizes, seconds)
     return min(seconds), 1 / slope
 
 
 @mistake("fit_alpha_beta", "the pair (latency, bandwidth) is asked for")
 def latency_only(sizes, seconds):
-    return np.polyfit(sizes, seconds, 1)[1]
+    return fitted(sizes, seconds)[1]
 
 
-@mistake("fit_alpha_beta", "here small times weigh more")
-def relative_errors(sizes, seconds):
-    slope, latency = np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))
+@mistake("fit_alpha_beta", "so that the largest messages alone decide")
+def absolute_errors(sizes, seconds):
+    slope, latency = np.polyfit(sizes, seconds, 1)
     return latency, 1 / slope
+
+
+@mistake("fit_alpha_beta", "the squares are weighed with 1 / seconds")
+def weighs_the_squares(sizes, seconds):
+    slope, latency = np.polyfit(sizes, seconds, 1, w=1 / np.sqrt(seconds))
+    return latency, 1 / slope
+
+
+@mistake("fit_alpha_beta", "which time belongs to which size is lost")
+def sorts_each_by_itself(sizes, seconds):
+    slope, latency = fitted(sorted(sizes), sorted(seconds))
+    return latency, 1 / slope
+
+
+@mistake("fit_alpha_beta", "the lists that it was given have changed")
+def sorts_the_callers_list(sizes, seconds):
+    pairs = sorted(zip(sizes, seconds, strict=True))
+    sizes.sort()
+    slope, latency = fitted(*zip(*pairs, strict=True))
+    return latency, 1 / slope
+
+
+@mistake("fit_alpha_beta", "float32 is too short here")
+def in_32_bits(sizes, seconds):
+    x, y = torch.tensor(sizes), torch.tensor(seconds)
+    x, y = x / y, 1 / y
+    slope = ((x * x).sum() / (x * y).sum()).float()
+    return 1 / slope, slope
+
+
+@mistake("fit_alpha_beta", "the latency is 0 while the bandwidth is right")
+def no_latency_in_the_end(sizes, seconds):
+    return 0.0, 1 / fitted(sizes, seconds)[0]

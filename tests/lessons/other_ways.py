@@ -151,7 +151,7 @@ def straight_to_all(tensor):
     return torch.stack(rows)
 
 
-@right("ring_all_reduce")
+@right("my_ring_all_reduce")
 def padded(tensor):
     rank, n = dist.get_rank(), dist.get_world_size()
     flat = tensor.reshape(-1)
@@ -168,7 +168,7 @@ def padded(tensor):
     return tensor
 
 
-@right("ring_all_reduce")
+@right("my_ring_all_reduce")
 def ends_with_its_own_piece(tensor):
     rank, n = dist.get_rank(), dist.get_world_size()
     right, left = (rank + 1) % n, (rank - 1) % n
@@ -189,11 +189,6 @@ def ends_with_its_own_piece(tensor):
 
 
 @right("ring_bytes")
-def whole_numbers(size_in_bytes, n):
-    return 2 * (n - 1) * size_in_bytes // n
-
-
-@right("ring_bytes")
 def as_a_tensor(size_in_bytes, n):
     return torch.tensor(2 * (n - 1) / n * size_in_bytes)
 
@@ -205,18 +200,21 @@ def of_numpy(size_in_bytes, seconds, n):
 
 @right("fit_alpha_beta")
 def polyfit(sizes, seconds):
-    slope, latency = np.polyfit(sizes, seconds, 1)
+    slope, latency = np.polyfit(sizes, seconds, 1, w=1 / np.array(seconds))
     return latency, 1 / slope
 
 
 @right("fit_alpha_beta")
-def by_statistics(sizes, seconds):
-    slope, latency = statistics.linear_regression(sizes, seconds)
-    return [latency, 1 / slope]
+def by_weighted_means(sizes, seconds):
+    weights = [1 / t**2 for t in seconds]
+    x0, y0 = (statistics.fmean(values, weights) for values in (sizes, seconds))
+    above = sum(w * (x - x0) * (y - y0) for w, x, y in zip(weights, sizes, seconds, strict=True))
+    slope = above / sum(w * (x - x0) ** 2 for w, x in zip(weights, sizes, strict=True))
+    return [y0 - slope * x0, 1 / slope]
 
 
 @right("fit_alpha_beta")
 def by_lstsq(sizes, seconds):
-    x = torch.tensor([[1.0, s] for s in sizes], dtype=torch.float64)
-    latency, slope = torch.linalg.lstsq(x, torch.tensor(seconds, dtype=torch.float64).unsqueeze(1)).solution.flatten()
+    x = torch.tensor([[1 / t, s / t] for s, t in zip(sizes, seconds, strict=True)], dtype=torch.float64)
+    latency, slope = torch.linalg.lstsq(x, torch.ones(len(sizes), 1, dtype=torch.float64)).solution.flatten()
     return latency, 1 / slope

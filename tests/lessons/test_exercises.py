@@ -172,8 +172,8 @@ def test_hints_come_one_by_one_and_then_the_solution():
 
 
 def test_an_unknown_name():
-    verdict = check("ring_all_reduse", rows)
-    assert verdict.status == "blocked" and "did you mean 'ring_all_reduce'?" in verdict.diagnosis
+    verdict = check("my_ring_all_reduse", rows)
+    assert verdict.status == "blocked" and "did you mean 'my_ring_all_reduce'?" in verdict.diagnosis
     assert "did you mean 'exchange'" in hint("exchnge").text and "did you mean" in solution("shard_row").text
     assert "check('rows', rows)" in check(rows).diagnosis
     assert check(None).status == check("").status == check(3, rows).status == "blocked"
@@ -226,7 +226,7 @@ def test_an_answer_that_raises():
             raise ValueError("bad piece")
         dist.recv(tensor, 2)
 
-    verdict = check("ring_all_reduce", raises)
+    verdict = check("my_ring_all_reduce", raises)
     assert verdict.diagnosis == "rank 2 raised ValueError: bad piece"
     assert 'raise ValueError("bad piece")' in verdict.where and "on 4 ranks" in verdict.where
     assert "replaced" in verdict.note
