@@ -117,6 +117,8 @@ def _judge_columns(seen, parts, about):
          [torch.cat(made).view(a.shape)] * n),
         ("every rank's columns are its own part, over and over: all_gather's list has everybody's",
          [torch.cat([made[rank]] * n, 1) for rank in range(n)]),
+        *(("all parts are one tensor: [torch.empty_like(x)] * n puts the same one n times into the list, where a "
+           "comprehension makes n", [torch.cat([part] * n, 1)] * n) for part in made),
         ("the other ranks' columns are zero: they have to be gathered", only),
         ("a rank's own columns are zero", missing),
         ("the parts are in reverse order: rank 0's columns come first", [torch.cat(made[::-1], 1)] * n),
@@ -192,6 +194,7 @@ def _judge_inner(seen, parts, a, about):
         ("this is the mean of the summands: A is their sum", [a / n if a.is_floating_point() else a // n] * n),
         ("this is the largest summand, element by element: A is their sum", [stacked.amax(0)] * n),
         ("this is the product of the summands: A is their sum", [stacked.prod(0)] * n),
+        ("the result is transposed", [a.T if m == w else None] * n),
         ("a rank's own summand counts twice", [a + mine for mine in made]),
         ("a rank's own summand is missing", [a - mine for mine in made]),
         ("every rank returns rank 0's summand: they have to be added up", [made[0]] * n),
@@ -381,7 +384,8 @@ class halo_exchange:
             about += f"halo {halo}, {str(dtype)[6:]}, {n} rank{'s' * (n > 1)}"
             new = {
                 f"it works with 4 ranks, but not with {n} (is a 4 written into it?)": n != 4,
-                f"it works for halo = 1, but not for halo = {halo}": halo != 1,
+                f"it works for halo = 1, but not for halo = {halo}": halo > 1,
+                "it does not work for halo = 0 (rows[:, :, -0:] are all rows, not none)": halo == 0,
                 "it works for one image with one channel only": batch * channels > 1,
                 "it works where all heights are equal, but not for unequal ones": len(set(heights)) > 1,
                 f"it works for float64, but not for {str(dtype)[6:]}": dtype != F64,

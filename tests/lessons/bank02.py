@@ -63,6 +63,14 @@ def every_part_its_own(b, c_columns):
     return torch.cat([mine] * dist.get_world_size(), 1)
 
 
+@mistake("column_split", "all parts are one tensor")
+def one_tensor_n_times(b, c_columns):
+    mine = b @ c_columns
+    parts = [torch.empty_like(mine)] * dist.get_world_size()
+    dist.all_gather(parts, mine)
+    return torch.cat(parts, 1)
+
+
 @mistake("column_split", "in reverse order")
 def last_rank_first(b, c_columns):
     return torch.cat(gathered(b @ c_columns)[::-1], 1)
@@ -191,6 +199,13 @@ def sums_the_operands(b_columns, c_rows):
     dist.all_reduce(b)
     dist.all_reduce(c)
     return b @ c
+
+
+@mistake("inner_split", "transposed")
+def the_other_way_round(b_columns, c_rows):
+    a = c_rows.T @ b_columns.T
+    dist.all_reduce(a)
+    return a
 
 
 @mistake("inner_split", "counts twice")
@@ -396,6 +411,19 @@ def no_wait(a, b, c, step, q):
 
 
 @right("summa_step")
+def as_one_batch(a, b, c, step, q):
+    i, j, beside, below = around(q)
+    b_block, c_block = b.clone(), c.clone()
+    calls = [dist.P2POp(dist.isend, b, r) for r in beside if j == step]
+    calls += [dist.P2POp(dist.isend, c, r) for r in below if i == step]
+    calls += [dist.P2POp(dist.irecv, b_block, i * q + step)] if j != step else []
+    calls += [dist.P2POp(dist.irecv, c_block, step * q + j)] if i != step else []
+    for message in dist.batch_isend_irecv(calls) if calls else []:
+        message.wait()
+    a += b_block @ c_block
+
+
+@right("summa_step")
 def with_send_and_recv(a, b, c, step, q):
     i, j, beside, below = around(q)
     b_block, c_block = b.clone(), c.clone()
@@ -555,6 +583,13 @@ def its_own_rows(rows, halo):
 def one_row(rows, halo):
     above, below = empty_halo(rows, 1)
     meet(rows, 1, above, below, *edges(rows, 1))
+    return torch.cat([above, rows, below], 2)
+
+
+@mistake("halo_exchange", "it does not work for halo = 0")
+def counts_from_the_end(rows, halo):
+    above, below = empty_halo(rows, halo)
+    meet(rows, halo, above, below, rows[:, :, :halo], rows[:, :, -halo:])
     return torch.cat([above, rows, below], 2)
 
 
