@@ -38,20 +38,21 @@ def average_parameters(module, weights=None, group=None, optimizer=None):
     Raises ValueError for weights that are negative, not finite, all 0 or not as many as ranks, and where the
     optimizer's state is not of the same kind on all ranks (one that has not stepped yet has none).
     """
-    share = _share(weights, group)
     tensors = [p.detach() for p in module.parameters() if p.requires_grad]
+    device = tensors[0].device if tensors else None
+    share = _share(weights, group, device)
     if optimizer is not None:
-        tensors += _state(module, optimizer, group)
+        tensors += _state(module, optimizer, group, device)
     _average(tensors, share, group)
 
 
-def _share(weights, group):
+def _share(weights, group, device):
     """This rank's weight, such that all of them add up to 1."""
     rank, n = place(group)
     if weights is None:
         return 1 / n
     if isinstance(weights, (int, float)):
-        total = torch.tensor([_checked([weights])[0]], dtype=torch.float64)
+        total = torch.tensor(_checked([weights]), dtype=torch.float64, device=device)
         dist.all_reduce(total, group=group)
         mine, total = float(weights), total.item()
     else:
@@ -71,7 +72,7 @@ def _checked(weights):
     return weights
 
 
-def _state(module, optimizer, group):
+def _state(module, optimizer, group, device):
     """The optimizer's tensors that are shaped like their parameter, in the same order on every rank."""
     found, told = [], []
     for i, p in enumerate(p for p in module.parameters() if p.requires_grad):
@@ -80,7 +81,7 @@ def _state(module, optimizer, group):
                 found.append(value)
                 told.append((i, name, str(value.dtype)))
     mark = zlib.crc32(repr(told).encode())
-    extremes = torch.tensor([mark, -mark])
+    extremes = torch.tensor([mark, -mark], device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
     if extremes[0] != -extremes[1]:
         raise ValueError(

@@ -55,6 +55,9 @@ class ParameterServer:
                  SGD(lr=1) its step is the mean of the workers' parameters: federated averaging).
     server       the global rank that serves; all others of the group work.
 
+    On the server: `version`, how many steps it has made; `log`, a list of `Applied`, one for each gradient, with its
+    staleness; `lost`, {worker: what its connection said} of those that died.
+
     A gradient that is None on a worker counts as zeros; where it is None on all of them the optimizer leaves the
     parameter alone, as in one process. Buffers (BatchNorm's) are each rank's own after the start. Messages pass
     through the host's memory, over gloo: only there can be waited for one worker apart from the others.
