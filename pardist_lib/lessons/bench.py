@@ -91,7 +91,8 @@ class Bench:
         elif isinstance(error, RankHang):
             said = _waiting(error, where)
         elif error.cause == "CollectiveMismatch":
-            said = " ".join(error.message.split())
+            what, _, who = error.message.partition("\n")
+            said = f"{what}: {' '.join(who.split())}"
         elif "should not be the same as the rank of the current process" in error.message or (
             "receives from itself" in error.message
         ):

@@ -6,16 +6,19 @@ import psutil
 
 
 def card(ranks):
-    """HTML: state, one chip for each rank (process id, device), the torchrun command."""
+    """HTML: state, one chip for each rank (process id, device), the torchrun command folded away."""
     chip = "display:inline-block;padding:1px 8px;margin:2px 6px 2px 0;border-radius:9px;border:1px solid currentColor"
     chips = "".join(
         f'<span style="{chip}"><b>rank {r.number}</b> pid {r.pid or "…"} · {html.escape(str(r.device or "…"))}</span>'
         for r in ranks._link.ranks
         if ranks.state != "closed"
     )
-    head = " · ".join(filter(None, [f"<b>Ranks({ranks.n})</b>", html.escape(ranks.state), ranks.backend]))
-    code = f'<code style="background:none;opacity:.75">{html.escape(ranks.command)}</code>'
-    return f'<div style="font-size:90%">{head}<br>{chips}<br>{code}</div>'
+    times = ranks._link.generation
+    again = f"replaced {times} time{'s' * (times > 1)}, so these are not the first process ids" * bool(times)
+    head = " · ".join(filter(None, [f"<b>Ranks({ranks.n})</b>", html.escape(ranks.state), ranks.backend, again]))
+    code = f'<code style="background:none">{html.escape(ranks.command)}</code>'
+    told = f'<details style="opacity:.75"><summary>the command that started them</summary>{code}</details>'
+    return f'<div style="font-size:90%">{head}<br>{chips}{told}</div>'
 
 
 def process_rows(link):

@@ -149,6 +149,11 @@ def is_readers(filename):
     return not filename.startswith(_NOT_THE_READERS)
 
 
+def is_ours(filename):
+    """True for code of this package."""
+    return filename.startswith(_PACKAGE)
+
+
 def place(frame=None):
     """`file:line` of the innermost frame that is the reader's own, or of the caller where none is."""
     frame = first = frame or sys._getframe(1)
@@ -233,10 +238,10 @@ def _noting(ledger, rank, method, name, at):
         for other in members:
             that = number and other != rank and ledger.read(other, here, number)
             if that and that[0] != this:
-                whose = "" if len(members) == ledger.n else f" in the group of ranks {list(members)}"
+                whose = "" if len(members) == ledger.n else f" (here: the group of ranks {list(members)})"
                 raise CollectiveMismatch(
-                    f"as call number {number}{whose}, rank {rank} makes {this} at {where}, "
-                    f"but rank {other} makes {that[0]} at {that[1]}: {_advice(this, that[0])}"
+                    f"{_advice(this, that[0])}{whose}\n"
+                    f"      rank {rank} makes {this} at {where},\n      but rank {other} makes {that[0]} at {that[1]}"
                 )
         return method(group, *args, **kwargs)
 
@@ -268,8 +273,8 @@ def _noting_p2p(ledger, rank, method, name):
         that = number and other != rank and not loose and ledger.read(other, here, number)
         if that and _size(that[0]) != _size(this):
             raise CollectiveMismatch(
-                f"rank {rank} makes {this} at {where}, but rank {other} makes {that[0]} at {that[1]}: "
-                "a message must be received into a tensor of the same size and dtype"
+                "a message must be received into a tensor of the same size and dtype\n"
+                f"      rank {rank} makes {this} at {where},\n      but rank {other} makes {that[0]} at {that[1]}"
             )
         return method(group, tensors, peer, tag, *args, **kwargs)
 

@@ -1,7 +1,7 @@
 """%%ranks: a cell whose lines run on every rank."""
 
-import argparse
 import linecache
+import re
 
 from .session import Ranks, newest
 
@@ -13,12 +13,12 @@ def ranks(line, cell):
     Names stay on the ranks from one %%ranks cell to the next; `rank` and `world_size` are set. The value of a last
     expression is printed.
     """
-    parser = argparse.ArgumentParser("%%ranks", add_help=False, exit_on_error=False)
-    parser.add_argument("--on", type=lambda text: [int(r) for r in text.split(",")])
-    try:
-        on = parser.parse_args(line.split()).on
-    except (argparse.ArgumentError, SystemExit):
-        raise ValueError(f"%%ranks {line}: the only option is --on, with rank numbers: %%ranks --on 0,2") from None
+    from IPython.core.error import UsageError  # shown as one line
+
+    given = re.fullmatch(r"\s*(?:--on[ =]\s*(\d+(?:\s*,\s*\d+)*))?\s*", line)
+    if not given:
+        raise UsageError(f"%%ranks {line}: the only option is --on, with rank numbers: %%ranks --on 0,2")
+    on = [int(r) for r in given[1].split(",")] if given[1] else None
     started = newest() or _started()
     source = "\n" + cell  # the line with %%ranks counts too
     started.run_cell(source, _named(source), on=on)

@@ -9,8 +9,9 @@ import linecache
 import re
 import signal
 import sys
+from types import ModuleType
 
-from .ledger import is_readers
+from .ledger import is_ours, is_readers
 
 _SECOND_HAND = re.compile(
     r"Connection (closed by peer|reset|refused)|Broken pipe|remote worker|Socket (closed|Timeout)"
@@ -80,13 +81,13 @@ def spoken(text):
 
 
 def _innermost(frames):
-    mine = [f for f in frames if is_readers(f[0])]
-    return mine[-1] if mine else (frames[-1] if frames else None)
+    mine = [f for f in frames if is_readers(f[0])] or [f for f in frames[-1:] if not is_ours(f[0])]
+    return mine[-1] if mine else None
 
 
 def excerpt(frames):
     """The reader's frames: the innermost one with the lines around it, the others as one line each."""
-    mine = [f for f in frames if is_readers(f[0])] or frames[-1:]
+    mine = [f for f in frames if is_readers(f[0])] or [f for f in frames[-1:] if not is_ours(f[0])]
     lines = []
     for filename, number, name in mine[-4:]:
         lines.append(f"{cell_name(filename)}, line {number}" + (f", in {name}" if name != "<module>" else ""))
@@ -197,8 +198,9 @@ def folded(said, leave_out=()):
     )
 
 
-def failure(outcomes, last_calls, fault_frames, ending):
-    """The RankError for outcomes in which a rank failed. `ending`: what became of the ranks, in a sentence."""
+def failure(outcomes, last_calls, fault_frames, ending, lost=()):
+    """The RankError for outcomes in which a rank failed. `ending`: what became of the ranks, in a sentence; `lost`:
+    names that cells had set on ranks that were replaced since."""
     rank = root_cause(outcomes)
     kind, *rest = outcomes[rank]
     said = where(outcomes, last_calls)
@@ -217,7 +219,7 @@ def failure(outcomes, last_calls, fault_frames, ending):
         earlier = described["earlier"]
         if earlier and not _second_hand(earlier):
             body.append(f"while handling {earlier['type']}: {_short(spoken(earlier['message']))}")
-        if hint := _hint(described, body):
+        if hint := _hint(described, lost):
             body.append(hint)
     same = same if kind == "error" else [rank]
     rest_of_them = folded(said, leave_out=same)
@@ -246,11 +248,16 @@ def _short(message, limit=600):
     return message if len(message) <= limit else message[: limit // 2] + " … " + message[-limit // 2 :]
 
 
-def _hint(described, body):
-    if described["type"] == "NameError" and "name '" in described["message"]:
+def _hint(described, lost):
+    if described["type"] in ("NameError", "KeyError") and "'" in described["message"]:
         name = described["message"].split("'")[1]
+        if name in lost:
+            return f"(the ranks were replaced since `{name}` was set: run the cell that set it again)"
         shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
-        if shell and name in shell.user_ns:
+        if shell and described["type"] == "NameError" and isinstance(value := shell.user_ns.get(name), ModuleType):
+            line = f"import {value.__name__}" + f" as {name}" * (name != value.__name__)
+            return f"`{name}` was imported in the notebook, not on the ranks: {line} in the %%ranks cell"
+        if shell and described["type"] == "NameError" and name in shell.user_ns:
             return f"`{name}` lives in the notebook, not on the ranks: send it with ranks.push({name}={name})"
     return None
 

@@ -1,5 +1,6 @@
 """`Ranks`: warm ranks under torchrun, driven from a notebook or a script."""
 
+import ast
 import atexit
 import inspect
 import sys
@@ -37,7 +38,8 @@ class Ranks:
     """
 
     def __init__(self, n=4, *, timeout=20.0, threads=1, fork=sys.platform != "darwin"):
-        self.state, self.output, self.last_error = "closed", [], None
+        self.state, self.output, self.last_error, self._why = "closed", [], None, ""
+        self._set, self._lost = set(), set()  # names on the ranks; names on ranks that were replaced
         if not isinstance(n, int) or not 1 <= n <= 32:
             raise ValueError(f"Ranks(n): n is a whole number from 1 to 32, not {n!r}")
         if timeout <= 0:
@@ -65,7 +67,7 @@ class Ranks:
         next call works whatever happened.
         """
         if not callable(fn):
-            raise TypeError(f"run(fn, *args): fn is a function, not {type(fn).__name__}")
+            raise TypeError(f"run(fn, *args): fn is a function, not {type(fn).__name__}; give it without calling it")
         on = range(self.n) if on is None else [on] if isinstance(on, int) else list(on)
         if wrong := [r for r in on if r not in range(self.n)]:
             raise ValueError(f"there is no rank {wrong[0]}: this Ranks has ranks 0 to {self.n - 1}")
@@ -77,7 +79,7 @@ class Ranks:
             raise RuntimeError("these ranks are busy with another call")
         try:
             if self.state == "closed":
-                raise RuntimeError("these ranks are closed: make new ones with Ranks(n)")
+                raise RuntimeError(f"these ranks are closed{self._why}: make new ones with Ranks(n)")
             return self._call(parcel, on, quiet, timeout or self.timeout)
         except report.RankError as error:
             self.last_error = error
@@ -96,6 +98,7 @@ class Ranks:
     def push(self, **values):
         """Set names on every rank, for %%ranks cells: ranks.push(x=torch.ones(3))."""
         self.run(push, values, quiet=True)
+        self._keep(values)
 
     def pull(self, name):
         """The value a name has on each rank, as a list."""
@@ -103,7 +106,14 @@ class Ranks:
 
     def run_cell(self, source, filename="<cell>", on=None):
         """What %%ranks does: run source text on the ranks, in names that persist there."""
-        self.run(run_cell, source, filename, on=on)
+        try:
+            self.run(run_cell, source, filename, on=on)
+        finally:
+            self._keep(_names_set_in(source))
+
+    def _keep(self, names):
+        self._set |= set(names)
+        self._lost -= set(names)
 
     def restart(self):
         """Replace all ranks by fresh ones (names set on them are gone)."""
@@ -235,7 +245,8 @@ class Ranks:
         outcomes, lasts = self._outcomes(), link.last_calls()
         faults = link.fault_frames(report.root_cause(outcomes))
         sound = not link.ledger.behind() and report.harmless(outcomes)
-        return report.failure(outcomes, lasts, faults, _KEPT if sound else self._replace(_FRESH))
+        lost = set(self._lost)
+        return report.failure(outcomes, lasts, faults, _KEPT if sound else self._replace(_FRESH), lost)
 
     def _hung(self, seconds):
         link = self._link
@@ -246,6 +257,7 @@ class Ranks:
         return {r.number: r.outcome for r in self._link.ranks}
 
     def _replace(self, ending):
+        self._lost, self._set = self._lost | self._set, set()
         self._link.replace()
         self._become("replacing its ranks")
         return ending
@@ -260,6 +272,18 @@ class Ranks:
 def newest():
     """The Ranks made last and still open, or None."""
     return max((r for r in _all if r.state != "closed"), key=lambda r: r._link.host.pid, default=None)
+
+
+def _names_set_in(source):
+    """The names that a cell gives values to: what its ranks may have afterwards."""
+    try:
+        nodes = list(ast.walk(ast.parse(source)))
+    except SyntaxError:
+        return set()
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    imports = [name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names]
+    return names | {(name.asname or name.name).split(".")[0] for name in imports}
 
 
 def _unsendable(fn, args, kwargs, error):
@@ -279,6 +303,7 @@ def _unsendable(fn, args, kwargs, error):
 def _close_namesakes(n):
     for old in list(_all) if in_notebook() else []:
         if old.n == n and old.state != "closed" and not old._lock.locked():
+            old._why = f", because a newer Ranks({n}) was made"
             old.close()
 
 

@@ -2,6 +2,7 @@
 next call works."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -76,6 +77,10 @@ def message_sizes_differ():
         dist.send(torch.ones(4), 1)
     elif dist.get_rank() == 1:
         dist.recv(torch.ones(5), 0)
+
+
+def receives_from_itself():
+    dist.recv(torch.ones(1), dist.get_rank())
 
 
 def skips_a_call():
@@ -165,6 +170,41 @@ def test_calls_that_differ_are_named_on_both_sides(ranks, fn, both):
     assert error.cause == CollectiveMismatch.__name__
     assert all(call in error.message for call in both)
     assert f"test_faults.py, line {error.line}" in error.message and "ipykernel" not in str(error)
+
+
+def test_a_mismatch_says_what_is_wrong_then_who_makes_which_call(ranks):
+    first, second, third = str(fails(ranks, shapes_differ)).splitlines()[:3]
+    assert first.endswith(
+        "CollectiveMismatch: all ranks of a group must call with the same shape, dtype, operation and root"
+    )
+    assert re.fullmatch(r" +rank \d makes all_reduce\(float32 \[.\], SUM\) at test_faults.py, line \d+,", second)
+    assert re.fullmatch(r" +but rank \d makes all_reduce\(float32 \[.\], SUM\) at test_faults.py, line \d+", third)
+
+
+def test_a_message_to_oneself(ranks):
+    assert "ranks 0–3 raised ValueError" not in str(fails(ranks, receives_from_itself))
+    assert "receives from itself" in ranks.last_error.message
+    error = fails(ranks, lambda: dist.recv(torch.ones(1), 7))
+    assert "there is no rank 7 to receive from: the group has ranks 0 to 3" in error.message
+
+
+def test_names_that_went_with_replaced_ranks(ranks):
+    ranks.push(kept=1)
+    ranks.run_cell("import os\nfor made in range(3):\n    def helper(): pass")
+    fails(ranks, is_killed)
+    for name in ("kept", "made", "helper", "os"):
+        with pytest.raises(RankError, match=f"the ranks were replaced since `{name}` was set: run the cell"):
+            ranks.run_cell(name)
+    ranks.run_cell("made = 1")
+    ranks.run_cell("del made")
+    with pytest.raises(RankError) as caught:
+        ranks.run_cell("made")
+    assert "replaced since" not in str(caught.value)
+
+
+def test_an_error_in_none_of_the_readers_lines_shows_none(ranks):
+    error = fails(ranks, threading.Lock)
+    assert "rank.py" not in str(error) and (error.cell, error.line) == (None, None)
 
 
 def test_a_skipped_call_is_seen_without_waiting_for_the_timeout(ranks):

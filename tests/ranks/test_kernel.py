@@ -89,10 +89,20 @@ def test_cells_magic_names_and_errors(notebook):
 
     said, errors = notebook.run("%%ranks\nif rank:\n  x ==== 1")
     assert "SyntaxError" in errors and "In[9], line 3" in plain(errors)
-    said, errors = notebook.run("%%ranks --only 3\nx")
-    assert "the only option is --on" in errors
+    for option in ("--only 3", "0,1", "--on", "--on x"):
+        said, errors = notebook.run(f"%%ranks {option}\nx")
+        assert plain(errors).strip() == "", errors  # a UsageError: one line, no traceback
+        assert said.strip().endswith(f"%%ranks {option}: the only option is --on, with rank numbers: %%ranks --on 0,2")
     said, errors = notebook.run("%%ranks --on 7\nx")
     assert "there is no rank 7" in errors
+
+
+def test_modules_of_the_notebook_are_not_on_the_ranks(notebook):
+    notebook.run(START + "\nimport torch.distributed as dist, math")
+    said, errors = notebook.run("%%ranks\ndist.get_rank()")
+    assert "import torch.distributed as dist in the %%ranks cell" in plain(errors)
+    said, errors = notebook.run("%%ranks\nmath.pi")
+    assert "not on the ranks: import math in the %%ranks cell" in plain(errors)
 
 
 def test_functions_of_cells_and_their_lines(notebook):
@@ -132,9 +142,11 @@ def test_the_stop_button(notebook):
 def test_running_the_cell_again_does_not_pile_up_processes(notebook):
     notebook.run(START)
     before = len(notebook.family())
-    notebook.run(START)
+    notebook.run("first = ranks\n" + START)
     notebook.run(START)
     assert len(notebook.family()) == before
+    said, errors = notebook.run("first.run(print)")
+    assert "these ranks are closed, because a newer Ranks(4) was made: make new ones" in plain(errors)
 
 
 @pytest.mark.parametrize("how", ["restart", "kill"])
