@@ -3,6 +3,7 @@ right, one file a step: `show` prints a step as the difference to the one before
 """
 
 import difflib
+import html
 import os
 import re
 import subprocess
@@ -13,23 +14,35 @@ PROGRAMS = [Path(__file__).with_name(f"step{i}.py") for i in range(5)]
 
 
 def show(step):
-    """The program of a step, or what changed in it since the step before."""
-    from IPython.display import Markdown
+    """The program of a step, or what changed in it since the step before, new lines green and old ones red."""
+    from IPython.display import HTML, Markdown
 
     text = PROGRAMS[step].read_text()
     if step == 0:
         return Markdown(f"```python\n{text}```")
     before = PROGRAMS[step - 1].read_text()
     lines = list(difflib.unified_diff(before.splitlines(), text.splitlines(), lineterm="", n=1))[2:]
-    return Markdown("```diff\n" + "\n".join("…" if line.startswith("@@") else line for line in lines) + "\n```")
+    lines = [line for line in lines if not line.startswith(" import torch.distributed.nn")]  # ours, and no change
+    shades = {"+": "rgba(46,160,67,.25)", "-": "rgba(248,81,73,.25)"}  # let the notebook's own colours through
+    rows = "".join(
+        f'<div style="background:{shades.get(line[0], "none")}">{html.escape(line)}</div>'
+        for line in ("…" if line.startswith("@@") else line or " " for line in lines)
+    )
+    return HTML(f'<pre style="background:none;color:inherit;line-height:1.35">{rows}</pre>')
 
 
-def run(step, seconds=60):
+def run(step, seconds=300):
     """Run a step with `python`, as the article does, and print what its ranks said in rank order (they speak all at
-    once), without the epochs in the middle; of a traceback only its last line."""
+    once), without the epochs in the middle; of a traceback only its last line. After `seconds` it is stopped."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [sys.executable, str(PROGRAMS[step])]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        print(
+            f"It did not end within {seconds:g} seconds, and was stopped: article.run({step}, seconds=…) waits longer."
+        )
+        return
     said = re.findall(r"rank \d+, .+?(?=rank \d+, |\n)", done.stdout)
     said = [line for line in said if not re.search(r"epoch [1-8],", line)]
     print("\n".join(sorted(said, key=lambda line: line.split(",")[0])), end="\n" if said else "")

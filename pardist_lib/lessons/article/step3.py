@@ -2,7 +2,7 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported after the group is made, it would keep the group from ending
+import torch.distributed.nn  # ours: lets a group end before Python does
 import torch.multiprocessing as mp
 from torch import nn
 
@@ -11,14 +11,14 @@ WORLD_SIZE = 4
 
 def set_up(rank):
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    os.environ["MASTER_PORT"] = str(20000 + os.getppid() % 20000)  # the same on all ranks: they have one parent
+    os.environ["MASTER_PORT"] = str(20000 + os.getppid() % 20000)  # alike on all ranks
     dist.init_process_group("gloo", init_method="env://", rank=rank, world_size=WORLD_SIZE)
 
 
 def train(rank):
     set_up(rank)
-    torch.manual_seed(rank)  # ours, and the next line: every run prints the same numbers
-    data = torch.Generator().manual_seed(rank)
+    torch.manual_seed(rank)  # ours: every run prints the same numbers
+    data = torch.Generator().manual_seed(rank)  # ours
     net = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 10))
     for p in net.parameters():
         dist.broadcast(p.data, src=0)
@@ -34,7 +34,7 @@ def train(rank):
         optimizer.step()
         print(f"rank {rank}, epoch {epoch}, loss {loss.item():.4f}")
     weights = sum(p.sum().item() for p in net.parameters())  # ours: to compare the ranks' networks
-    print(f"rank {rank}, in a group: {dist.is_initialized()}, sum of its weights {weights:.4f}")
+    print(f"rank {rank}, in a group: {dist.is_initialized()}, sum of its weights {weights:.4f}")  # ours
     dist.destroy_process_group()
 
 

@@ -2,7 +2,7 @@ import os
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported after the group is made, it would keep the group from ending
+import torch.distributed.nn  # ours: lets a group end before Python does
 from torch import nn
 
 WORLD_SIZE = int(os.environ["WORLD_SIZE"])
@@ -14,8 +14,8 @@ def set_up(rank):
 
 def train(rank):
     set_up(rank)
-    torch.manual_seed(rank)  # ours, and the next line: every run prints the same numbers
-    data = torch.Generator().manual_seed(rank)
+    torch.manual_seed(rank)  # ours: every run prints the same numbers
+    data = torch.Generator().manual_seed(rank)  # ours
     net = nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 10))
     for p in net.parameters():
         dist.broadcast(p.data, src=0)
@@ -31,7 +31,7 @@ def train(rank):
         optimizer.step()
         print(f"rank {rank}, epoch {epoch}, loss {loss.item():.4f}")
     weights = sum(p.sum().item() for p in net.parameters())  # ours: to compare the ranks' networks
-    print(f"rank {rank}, in a group: {dist.is_initialized()}, sum of its weights {weights:.4f}")
+    print(f"rank {rank}, in a group: {dist.is_initialized()}, sum of its weights {weights:.4f}")  # ours
     dist.destroy_process_group()
 
 
