@@ -382,6 +382,7 @@ GATHER_CASES = [  # ranks, shape, dtype, options, what is new in it
     (3, (4, 2), F32, {}, "with 3 ranks (is a 4 written into it?)"),
     (2, (2, 2), F64, {}, "with 2 ranks"),
     (4, (3, 2), F64, {"groups": PAIRS}, "in two groups of 2 ranks"),
+    (4, (3,), F32, {"needs_grad": False}, "where x needs no gradient"),
 ]
 
 
@@ -401,14 +402,14 @@ class my_gather_from_group:
             about = f"{n} ranks, each with x {shape}" + (", groups (0, 2) and (1, 3)" if "groups" in options else "")
             try:
                 seen = run(_call, shape, dtype, seed, {"alike": True, **options}, n=n, about=about)
-                _judge_gathered(seen, about)
+                _judge_gathered(seen, about, options)
             except Wrong as wrong:
                 if new:
                     wrong.diagnosis = f"{new}: {wrong.diagnosis}"
                 raise
 
 
-def _judge_gathered(seen, about):
+def _judge_gathered(seen, about, options):
     xs = [one.kept["x"] for one in seen]
     why = {"all_reduce": "forward calls all_reduce, which adds the parts up: side by side they are gathered",
            "": "forward calls {op}: one all_gather is all that is needed"}  # fmt: skip
@@ -432,12 +433,17 @@ def _judge_gathered(seen, about):
             ("a rank's own part comes first: rank 0's is first on every rank", own_first),
             ("every part is the rank's own", [torch.cat([m] * n, -1) for m in mine]),
         ], labels=list(members))  # fmt: skip
+    if not options.get("needs_grad", True):
+        return
     _differentiable(seen, about, "torch.distributed's all_gather has no backward, so x would get no gradient")
     for members in sorted({one.kept["members"] for one in seen}):
         _judge_slices(seen, members, about, size)
 
 
 def _judge_slices(seen, members, about, size):
+    for rank in members:
+        if not seen[rank].kept["intact"]:
+            raise Wrong("the gradient that came in was changed: work on a copy of it", f"rank {rank}, {about}")
     n, g = len(members), seen[members[0]].kept["g"]
     parts = list(g.tensor_split(n, -1))
     mistakes = [

@@ -23,6 +23,7 @@ def split_gradients(parameters, *, title="gradients"):
     if not isinstance(parameters, dict) or not parameters:
         raise ValueError("split_gradients: expected {name: (whole, parts, dim)}")
     lines = [_line(str(name), *given) for name, given in parameters.items()]
+    shapes = [shape(array(whole, str(name))) for name, (whole, *_) in parameters.items()]
     heights = [min(TALL[2], max(TALL[1], TALL[0] * whole.shape[0])) for _, whole, *_ in lines]
     rows = [
         {"parameter": name, "rank": r, "shape": shape(part), "largest difference": gap}
@@ -30,7 +31,8 @@ def split_gradients(parameters, *, title="gradients"):
         for r, part in enumerate(parts)
     ]
     alt = f"{title}: one process on the left, the parts of {len(lines[0][2])} ranks on the right. " + " ".join(
-        f"{name} {shape(whole)}, {_cut(axis)}, {_apart(gap, top)}." for name, whole, _, axis, gap, top in lines
+        f"{name} {given}, {_cut(axis)}, {_apart(gap, top)}."
+        for (name, _, _, axis, gap, top), given in zip(lines, shapes, strict=True)
     )
     side = (WIDTH - LEFT - 0.6) / 2
 

@@ -400,6 +400,13 @@ def an_average_of_equals(x, group=None):
                     lambda g: (summed(g, group) / n).tensor_split(n, -1)[rank])(x)  # fmt: skip
 
 
+@mistake("my_gather_from_group", "the gradient that came in was changed")
+def scales_in_place(x, group=None):
+    rank, n = place(group)
+    return function(lambda x: torch.cat(gathered(x, group), -1),
+                    lambda g: g.mul_(n).div_(n).add_(0.5).tensor_split(n, -1)[rank] - 0.5)(x)  # fmt: skip
+
+
 @right("my_gather_from_group")
 def with_a_function(x, group=None):
     rank, n = place(group)
