@@ -17,7 +17,8 @@ from itertools import zip_longest
 import torch
 import torch.distributed as dist
 
-from .collectives import ring_all_gather, ring_reduce_scatter, split_sizes
+from .collectives import split_sizes
+from .courier import all_gather_line
 from .point_to_point import place
 
 
@@ -66,19 +67,24 @@ class FlatShards:
 
     # ---- gradients --------------------------------------------------------------------------------------------
 
-    def take(self, i, keep=False):
+    def take(self, i):
         """Copy the gradient of parameter i to its place on the gradient's line; the parameter's own is let go."""
+        self.put(i)
+        self.whole[i].grad = None
+
+    def put(self, i):
         gradient = self.whole[i].grad
         if gradient.layout != torch.strided:
             raise ValueError(f"the gradient of {self.names[i]} is sparse, and shards are dense: use sparse=False")
         if self.gradient is None:
             self.gradient = self.line.new_empty(len(self.line))
-        start, end = self.starts[i], self.starts[i] + self.lengths[i]
-        place_of_it = self.gradient[start:end].view(gradient.shape)
+        place_of_it = self.gradient_of(i)
         place_of_it.add_(gradient) if i in self.taken else place_of_it.copy_(gradient)
         self.taken.add(i)
-        if not keep:
-            self.whole[i].grad = None
+
+    def gradient_of(self, i):
+        """The place of parameter i on the gradient's line, in its shape."""
+        return self.gradient[self.starts[i] : self.starts[i] + self.lengths[i]].view(self.whole[i].shape)
 
     def gradient_line(self):
         """The gradient's line, zero where no gradient was taken; the next backward pass begins another one."""
@@ -96,46 +102,6 @@ class FlatShards:
                 piece.grad = shard[span]
             elif anyone:
                 piece.grad += shard[span]
-
-
-# ---- moving a line --------------------------------------------------------------------------------------------
-
-
-# their names since torch 2.13, and before
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-# gloo's own collectives wake fewer threads, ours move fewer bytes (its reduce-scatter sends 1.5·S): measured with
-# 2 and 4 ranks on two cores, the two ways take as long at about a megabyte.
-RING_BYTES = 1 << 20
-
-
-def by_ring(line, sizes, group):
-    """Whether a line goes round our ring: a long one on gloo, or one that n does not divide."""
-    return dist.get_backend(group) != "nccl" and (line.nbytes >= RING_BYTES or len(set(sizes)) > 1)
-
-
-def reduce_scatter_line(line, sizes, group=None):
-    """This rank's shard of the mean of all ranks' lines. Sends S minus its own shard, (n − 1)/n·S where n divides."""
-    mean = dist.ReduceOp.AVG
-    if len(sizes) == 1 or by_ring(line, sizes, group):
-        return ring_reduce_scatter(line, mean, group=group)
-    out = line.new_empty(sizes[dist.get_rank(group)])
-    if len(set(sizes)) == 1:
-        reduce_scatter_single(out, line, mean, group)
-    else:
-        dist.reduce_scatter(out, list(line.split(sizes)), mean, group)
-    return out
-
-
-def all_gather_line(line, shard, sizes, group=None):
-    """Every rank's shard onto the line. Sends S minus the next rank's shard, (n − 1)/n·S where n divides."""
-    if len(sizes) == 1 or by_ring(line, sizes, group):
-        ring_all_gather(shard, sizes, line, group)
-    elif len(set(sizes)) == 1:
-        all_gather_single(line, shard, group)
-    else:
-        dist.all_gather(list(line.split(sizes)), shard, group)
 
 
 # ---- what all ranks must agree on -----------------------------------------------------------------------------

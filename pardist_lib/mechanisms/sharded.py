@@ -18,20 +18,19 @@ from torch import nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
+from .courier import Courier
 from .flat_shards import (
     UsedParameters,
-    all_gather_line,
     check_origin,
     check_parameters,
     clip_sharded_grad_norm_,
     cut_piece,
     full_optimizer_state,
     load_full_optimizer_state,
-    reduce_scatter_line,
 )
 from .point_to_point import place
 from .sharded_optimizer import ShardedOptimizer
-from .sharded_units import Courier, make_units
+from .sharded_units import make_units
 
 __all__ = ["ShardedDataParallel", "ShardedOptimizer"]
 
@@ -50,7 +49,7 @@ class ShardedDataParallel(nn.Module):
                             it until then: 2·(n − 1)/n·S a step, and the memory of all parameters. The whole
                             module's own unit is always kept.
     prefetch                stage 3: gather the next unit while this one computes
-    overlap                 move everything in a thread of its own, beside the computation
+    overlap                 move lines beside the computation (see courier.py)
     find_unused_parameters  True where ranks may have gradients for different parameters (see `UsedParameters`); they
                             are then reduced at the end of backward. At stage 3 all ranks run the same units anyhow.
 
@@ -193,7 +192,7 @@ class ShardedDataParallel(nn.Module):
     def _reduce(self, line):
         if len(self._sent) > 1:
             self._sent[-2][1].result()  # no more than two gradients of units wait to be sent
-        self._sent.append((line, self._courier.send(reduce_scatter_line, line.gradient_line(), line.sizes)))
+        self._sent.append((line, self._courier.reduce_scatter(line.gradient_line(), line.sizes)))
 
     def _after_backward(self):
         reduced = {line for line, _ in self._sent}
@@ -218,7 +217,7 @@ class ShardedDataParallel(nn.Module):
             for line in unit.lines:
                 if self.stage == 3:
                     line.allocate()
-                unit.coming.append(self._courier.send(all_gather_line, line.line, line.shard, line.sizes))
+                unit.coming.append(self._courier.all_gather(line.line, line.shard, line.sizes))
             unit.gathered = True
 
     def _ready(self, unit):

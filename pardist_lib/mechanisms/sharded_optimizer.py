@@ -5,20 +5,22 @@ elements, and an all-gather of the parameters: 2·(n − 1)/n·S sent by each ra
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020), section 5.1.
 """
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from .courier import Courier, all_gather_line
 from .flat_shards import (
     FlatShards,
     UsedParameters,
-    all_gather_line,
     check_origin,
     check_parameters,
     clip_sharded_grad_norm_,
+    cut_piece,
     full_optimizer_state,
     load_full_optimizer_state,
-    reduce_scatter_line,
 )
 from .point_to_point import place
 
@@ -40,15 +42,18 @@ class ShardedOptimizer(Optimizer):
     reduce_gradients        True: `step` averages every rank's own gradients; False: they are averaged already, by
                             DataParallel or an all-reduce, and `step` only gathers: (n − 1)/n·S
     find_unused_parameters  True where ranks may have gradients for different parameters (see `UsedParameters`)
-    bucket_mb               longest line that is moved at once: the memory a step takes besides
+    overlap                 True: a bucket leaves as soon as backward has its last gradient. Changing a gradient
+                            between backward and step, or another backward, makes it leave once more.
+    bucket_mb               length of the lines that are moved, in MB of 2^20 bytes
 
-    Gradients in `.grad` stay each rank's own. Learning-rate schedulers take it as any optimizer. Raises ValueError
-    for an optimizer that is not elementwise, for parameters that differ between ranks (other than in their values),
-    that are shards already, or of which none is trainable; RuntimeError where the model was moved afterwards.
+    Gradients in `.grad` stay each rank's own, as views of a few flat tensors, too. Learning-rate schedulers take it
+    as any optimizer. Raises ValueError for an optimizer that is not elementwise, for parameters that differ between
+    ranks (other than in their values), that are shards already, or of which none is trainable; RuntimeError where
+    the model was moved afterwards.
     """
 
     def __init__(self, params, optimizer_class, group=None, *, reduce_gradients=True, find_unused_parameters=False,
-                 bucket_mb=25, **defaults):  # fmt: skip
+                 overlap=True, bucket_mb=4, **defaults):  # fmt: skip
         if bad := [c.__name__ for c in optimizer_class.__mro__ if c.__name__ in NOT_ELEMENTWISE]:
             raise ValueError(
                 f"{bad[0]} is not elementwise: its step for one element depends on others, which another rank may "
@@ -58,6 +63,8 @@ class ShardedOptimizer(Optimizer):
             raise ValueError(f"bucket_mb is a number of megabytes above 0, not {bucket_mb}")
         self.group, self.reduces, self.inner = group, reduce_gradients, None
         self.find_unused_parameters, self.bucket_bytes = find_unused_parameters, bucket_mb * 2**20
+        self.early = overlap and reduce_gradients and not find_unused_parameters  # else all leave in `step`
+        self.courier = Courier(group, overlap)
         self.lines, self.sharded, self.reduced = [], set(), False
         super().__init__(params, defaults)
         shards = self._shard([p for g in self.param_groups for p in g["params"]])
@@ -72,7 +79,7 @@ class ShardedOptimizer(Optimizer):
         check_parameters(parameters, names, self.group)
         buckets, kinds = [], {}
         first = dist.get_process_group_ranks(self.group or dist.group.WORLD)[0]
-        for p, name in zip(parameters, names, strict=True):
+        for p, name in reversed(list(zip(parameters, names, strict=True))):  # about the order of backward
             if not p.requires_grad:
                 dist.broadcast(p.detach(), first, self.group)
             else:
@@ -84,6 +91,11 @@ class ShardedOptimizer(Optimizer):
                 bucket.append((p, name))
         lines = [FlatShards(*zip(*bucket, strict=True), self.group) for bucket in buckets]
         self.lines += lines
+        arrived = weakref.WeakMethod(self._arrived)  # else the parameters would keep the optimizer alive
+        for line in lines:
+            line.sent, line.version = None, None
+            for i, p in enumerate(line.whole if self.reduces else ()):
+                p.register_post_accumulate_grad_hook(lambda _, line=line, i=i: arrived() and arrived()(line, i))
         self.used = UsedParameters(
             [name for line in self.lines for name in line.names], self.find_unused_parameters, self.group
         )
@@ -112,46 +124,85 @@ class ShardedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.reduce()
-        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            inner.update({k: v for k, v in ours.items() if k != "params"})  # what a scheduler has changed
+        self._give_settings()  # what a scheduler has changed
         self.inner.step()
         self._forget()
-        for line in self.lines:
+        for line in self.lines:  # there is nothing to compute meanwhile: not by the courier
             all_gather_line(line.line, line.shard, line.sizes, self.group)
         return loss
+
+    @torch.no_grad()
+    def _arrived(self, line, i):
+        """Backward has a gradient: put it on its line, of which `.grad` is a view from now on. A full line leaves."""
+        self._place(line, i)
+        line.taken.add(i)
+        if self.early and len(line.taken) == len(line.whole):
+            self._start(line)
+
+    def _place(self, line, i):
+        p = line.whole[i]
+        if not self._lies(line, i):
+            line.taken.discard(i)
+            line.put(i)
+            p.grad = line.gradient_of(i)
+
+    def _lies(self, line, i):
+        gradient = line.whole[i].grad
+        return line.gradient is not None and gradient.data_ptr() == line.gradient_of(i).data_ptr()
+
+    def _is_on_its_way(self, line):
+        """Whether the line has left, whole, and nothing on it has changed since."""
+        if line.sent is None or line.version != line.gradient._version:
+            return False
+        return all(p.grad is not None and self._lies(line, i) for i, p in enumerate(line.whole))
+
+    def _start(self, line):
+        line.version, line.taken = line.gradient._version, set()
+        line.sent = self.courier.reduce_scatter(line.gradient, line.sizes)
 
     @torch.no_grad()
     def reduce(self):
         """The first part of `step` alone: this rank's shard of the mean gradient. `step` does not do it again.
 
-        Sends (n − 1)/n·S where n divides S; nothing with reduce_gradients=False.
+        Sends (n − 1)/n·S where n divides S, what has not left in backward already; nothing with
+        reduce_gradients=False.
         """
         if self.reduced:
             return
+        self._check()
+        used = [p.grad is not None for line in self.lines for p in line.whole]
+        anyone = iter(self.used.agree(used, self.lines[0].line.device))
+        anyone = {line: [next(anyone) for _ in line.whole] for line in self.lines}
+        if not self.reduces:
+            for line in self.lines:
+                for piece, p in zip(line.pieces, line.whole, strict=True):
+                    piece.grad = None if p.grad is None else cut_piece(p.grad, piece)
+        for line in self.lines if self.reduces else ():
+            if any(anyone[line]) and not self._is_on_its_way(line):
+                if line.gradient is None:
+                    line.gradient = line.line.new_empty(len(line.line))
+                for i, p in enumerate(line.whole):
+                    if p.grad is not None:
+                        self._place(line, i)  # it may have been put there by hand
+                for i, p in enumerate(line.whole):
+                    if p.grad is None:
+                        line.gradient_of(i).zero_()
+                self._start(line)
+        for line in self.lines if self.reduces else ():
+            if any(anyone[line]):
+                line.add_gradient(line.sent.result(), anyone[line])
+        self.reduced = True
+
+    def _check(self):
         for line in self.lines:
-            for p, part in zip(line.whole, line.line.split(line.lengths), strict=True):
-                if p.data_ptr() != part.data_ptr():
+            for p, start in zip(line.whole, line.starts, strict=True):
+                if p.data_ptr() != line.line.data_ptr() + start * line.line.element_size() and p.numel():
                     raise RuntimeError(
                         "a parameter's memory has been replaced since ShardedOptimizer was made (by model.to(…), or "
                         "p.data = …): move and change the model first, then make the optimizer"
                     )
         if any(p.requires_grad for g in self.param_groups for p in g["params"] if p not in self.sharded):
             raise RuntimeError("a parameter was unfrozen after ShardedOptimizer was made: set requires_grad before")
-        used = [p.grad is not None for line in self.lines for p in line.whole]
-        anyone = iter(self.used.agree(used, self.lines[0].line.device))
-        for line in self.lines:
-            used = [next(anyone) for _ in line.whole]
-            if any(used):
-                for i, p in enumerate(line.whole):
-                    if p.grad is not None:
-                        line.take(i, keep=True)
-                line.add_gradient(self._shard_of(line.gradient_line(), line), used)
-        self.reduced = True
-
-    def _shard_of(self, gradient, line):
-        if self.reduces:
-            return reduce_scatter_line(gradient, line.sizes, self.group)
-        return gradient.split(line.sizes)[place(self.group)[0]].clone()
 
     def clip_grad_norm_(self, max_norm, norm_type=2.0):
         """Clip the averaged gradient to a global norm before `step`; returns that norm, the same on every rank.
@@ -165,6 +216,10 @@ class ShardedOptimizer(Optimizer):
     def _forget(self):
         self.reduced = False
         self.inner.zero_grad()
+        for line in self.lines:
+            if line.sent is not None:
+                line.sent.result()  # nothing leaves from a line that is being written to again
+            line.sent, line.taken = None, set()
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)

@@ -1,14 +1,9 @@
-"""The parts of a sharded module: what is gathered and freed as one, and who moves it.
+"""The parts of a sharded module: what is gathered and freed as one.
 
 Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023), section 3.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
-import torch.distributed as dist
 from torch import nn
-from torch.distributed import distributed_c10d
-from torch.distributed.distributed_c10d import _world
 
 from .flat_shards import FlatShards
 
@@ -81,56 +76,3 @@ def _children(module):
             yield from _children(child)
         else:
             yield child
-
-
-# ---- moving lines beside the computation ----------------------------------------------------------------------
-
-
-class Courier:
-    """Moves lines one after another in a thread of its own, over a process group of its own, so that the main
-    thread can compute meanwhile. `send(function, *args)` returns something whose `result()` waits for it.
-
-    Every rank has to send the same things in the same order. overlap=False: in the main thread, at once.
-    """
-
-    def __init__(self, group=None, overlap=True):
-        self.group, self.thread = group, None
-        if overlap and dist.get_world_size(group) > 1 and dist.get_backend(group) != "nccl":
-            self.group = _own_group(group)
-            self.thread = ThreadPoolExecutor(1, "courier")
-
-    def send(self, function, *args):
-        if self.thread:
-            return self.thread.submit(function, *args, self.group)
-        return _Done(function(*args, self.group))
-
-
-class _Done:
-    def __init__(self, value):
-        self.value = value
-
-    def result(self):
-        return self.value
-
-
-def _own_group(group):
-    """A second process group of the same ranks, made once: its threads and connections live as long as the process.
-
-    dist.new_group would have to be called by ranks outside of the group too, or numbers its groups differently on
-    ranks that have made different ones before; so this does what it does, under a name of the group's own.
-    """
-    group = group or dist.group.WORLD
-    name = f"{group.group_name}.courier"
-    if _own_groups.get(name) not in _world.pg_map:
-        backend, store = _world.pg_map[group]
-        members = dist.get_process_group_ranks(group)
-        rank, backend = dist.get_rank(group), dist.Backend(backend)
-        own, _ = distributed_c10d._new_process_group_helper(
-            len(members), rank, members, backend, store, name, timeout=distributed_c10d._get_default_timeout(backend)
-        )
-        _world.pg_group_ranks[own] = {member: i for i, member in enumerate(members)}
-        _own_groups[name] = own
-    return _own_groups[name]
-
-
-_own_groups = {}

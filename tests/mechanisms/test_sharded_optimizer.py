@@ -92,6 +92,42 @@ def test_twenty_steps_equal_torchs_zero_redundancy_optimizer(ranks, averaged):
             close(ours, torchs, kind)
 
 
+def handled(n, how, overlap=True):
+    """What people do to gradients between backward and step; every batch is cut in two for accumulation."""
+    model = Model()
+    settings = {"lr": 0.05, "momentum": 0.9}
+    if n:
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.SGD, overlap=overlap, bucket_mb=5e-4, **settings)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), **settings)
+    for step in range(4):
+        for micro in range(2 if how == "accumulated" else 1):
+            loss_of(model, step + micro, torch.float64, n).backward()
+        for p in model.parameters():
+            if p.grad is not None and how == "scaled in place":
+                p.grad *= 0.5
+            elif p.grad is not None and how == "replaced":
+                p.grad = p.grad * 0.5
+            elif how == "taken away" and p.dim() == 1:
+                p.grad = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=how != "zeros")
+        if how == "dropped":
+            loss_of(model, step, torch.float64, n).backward()
+            model.zero_grad()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("how", ["accumulated", "scaled in place", "replaced", "taken away", "zeros", "dropped"])
+def test_gradients_are_the_callers_until_step(ranks, how):
+    def run():
+        return handled(4, how), handled(4, how, False), handled(None, how)
+
+    for early, late, alone in ranks.run(run, quiet=True):
+        close(early, alone, how)
+        close(late, alone, f"{how}, without overlap")
+
+
 # ---- what it sends and holds ----------------------------------------------------------------------------------
 
 
@@ -251,7 +287,7 @@ def some_use_it(n, find):
 
 def test_ranks_may_use_different_parameters_if_they_say_so(ranks):
     close(ranks.run(some_use_it, 4, True)[2], ranks.run(some_use_it, None, True)[0], "conditional")
-    with pytest.raises(RankError, match=r"some ranks have a gradient for parameter 0.*find_unused_parameters=True"):
+    with pytest.raises(RankError, match=r"some ranks have a gradient for parameter \d.*find_unused_parameters=True"):
         ranks.run(some_use_it, 4, False)
 
 
@@ -265,7 +301,7 @@ def first_one_then_the_other():
 
 
 def test_a_changing_set_of_used_parameters_is_named(ranks):
-    with pytest.raises(RankError, match="parameter 0 had a gradient in one step and none in another"):
+    with pytest.raises(RankError, match=r"parameter \d had a gradient in one step and none in another"):
         ranks.run(first_one_then_the_other)
 
 
