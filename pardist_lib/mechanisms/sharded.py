@@ -30,7 +30,7 @@ from .flat_shards import (
 )
 from .point_to_point import place
 from .sharded_optimizer import ShardedOptimizer
-from .sharded_units import make_units
+from .sharded_units import in_backward, make_units, next_unit
 
 __all__ = ["ShardedDataParallel", "ShardedOptimizer"]
 
@@ -112,20 +112,20 @@ class ShardedDataParallel(nn.Module):
             raise
 
     def _before_forward(self, unit):
-        if self._depth == 0 and not _in_backward():
+        if self._depth == 0 and not in_backward():
             self._begin()
         self._depth += 1
         self._ready(unit)
         unit.show(whole=True)
-        if not _in_backward():
-            if self.prefetch and (after := _next(self._order, unit)):
+        if not in_backward():
+            if self.prefetch and (after := next_unit(self._order, unit)):
                 self._gather(after)
             self._running.append(unit)
 
     def _after_forward(self, unit, output):
         self._depth -= 1
         unit.show(whole=False)
-        if _in_backward():  # checkpointing runs it once more: its backward is still to come
+        if in_backward():  # checkpointing runs it once more: its backward is still to come
             return
         outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
         for t in outputs:
@@ -138,7 +138,7 @@ class ShardedDataParallel(nn.Module):
         if self._depth == 0:
             self._order, self._running = self._running, []
             for other in self._units:
-                self._finish(other)
+                other.wait()
                 if self.stage == 3 and other not in self._order:
                     other.free()  # it was gathered in advance, and then not used
 
@@ -156,7 +156,7 @@ class ShardedDataParallel(nn.Module):
     def _reset(self):
         """Forget a forward or backward that was not finished, and what is left gathered from an earlier forward."""
         for unit in self._units:
-            self._finish(unit)
+            unit.wait()
             unit.show(whole=False)
             if self.stage == 3:
                 unit.free()
@@ -171,7 +171,7 @@ class ShardedDataParallel(nn.Module):
         self._at_the_end()
         unit.awaited = False
         self._ready(unit)
-        if self.prefetch and (before := _next(self._order[::-1], unit)) and before.awaited:
+        if self.prefetch and (before := next_unit(self._order[::-1], unit)) and before.awaited:
             self._gather(before)
 
     def _at_the_end(self):
@@ -206,7 +206,7 @@ class ShardedDataParallel(nn.Module):
             line.add_gradient(sent.result(), anyone[line])
         self._sent, self._backward, self._stale = [], False, self.stage == 2
         for unit in self._units if self.stage == 3 else ():
-            self._finish(unit)
+            unit.wait()
             unit.free()
 
     # ---- gathering --------------------------------------------------------------------------------------------
@@ -223,12 +223,7 @@ class ShardedDataParallel(nn.Module):
     def _ready(self, unit):
         if self.stage == 3:
             self._gather(unit)
-        self._finish(unit)
-
-    def _finish(self, unit):
-        for coming in unit.coming:
-            coming.result()
-        unit.coming = []
+        unit.wait()
 
     def _apply(self, fn, recurse=True):
         raise RuntimeError("shards stay where they are: move or convert the model first, then wrap it")
@@ -261,7 +256,7 @@ class ShardedDataParallel(nn.Module):
         whole = {}
         for unit in self._units:
             self._gather(unit)
-            self._finish(unit)
+            unit.wait()
             for line in unit.lines:
                 whole |= {id(piece): p.detach().clone() for piece, p in zip(line.pieces, line.whole, strict=True)}
             if self.stage == 3:
@@ -291,12 +286,3 @@ class ShardedDataParallel(nn.Module):
     def load_full_optimizer_state_dict(self, optimizer, state_dict):
         """One process's optimizer state, or `full_optimizer_state_dict` of a world of any size. Sends nothing."""
         load_full_optimizer_state(optimizer, state_dict)
-
-
-def _next(order, unit):
-    at = order.index(unit) + 1 if unit in order else len(order)
-    return order[at] if at < len(order) else None
-
-
-def _in_backward():
-    return torch._C._current_graph_task_id() != -1

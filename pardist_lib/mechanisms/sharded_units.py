@@ -3,6 +3,7 @@
 Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023), section 3.
 """
 
+import torch
 from torch import nn
 
 from .flat_shards import FlatShards
@@ -23,10 +24,14 @@ class Unit:
         for owner, name, parameter, piece in self.places:
             owner._parameters[name] = parameter if whole else piece
 
-    def free(self):
+    def wait(self):
         for coming in self.coming:
             coming.result()
-        self.coming, self.gathered = [], False
+        self.coming = []
+
+    def free(self):
+        self.wait()
+        self.gathered = False
         for line in self.lines:
             line.free()
 
@@ -76,3 +81,14 @@ def _children(module):
             yield from _children(child)
         else:
             yield child
+
+
+def next_unit(order, unit):
+    """The one that comes after `unit` in `order`, or None."""
+    at = order.index(unit) + 1 if unit in order else len(order)
+    return order[at] if at < len(order) else None
+
+
+def in_backward():
+    """Whether autograd is at work on this thread."""
+    return torch._C._current_graph_task_id() != -1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import collectives, starting, tensor_parallel, tracing
+from . import collectives, data_parallel, sharded, starting, tensor_parallel, tracing
 
 
 def main(pairs):
@@ -18,7 +18,7 @@ def main(pairs):
         "| what | ranks | median | low | high | target |",
         "|---|---|---|---|---|---|",
     ]
-    for bench in (starting, collectives, tracing, tensor_parallel):
+    for bench in (starting, collectives, tracing, tensor_parallel, data_parallel, sharded):
         for row in bench.rows(pairs):
             row = {"unit": "×"} | row
             numbers = " | ".join(f"{row[k]:.3g} {row['unit']}" for k in ("median", "low", "high"))

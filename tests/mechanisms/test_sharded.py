@@ -335,6 +335,22 @@ def test_a_step_sends_the_formulas_bytes(ranks, how, factor):
     assert 4 * LAYERS * 3 * factor * WIDTH * WIDTH // 4 == factor * 3 * size // 4
 
 
+def while_it_multiplies(trace):
+    """How many sends were under way while their rank multiplied matrices."""
+    products = [e for e in trace.events if e.name == "mm"]
+    sends = [e for e in trace.collectives if e.name == "send"]
+    return sum(any(m.rank == s.rank and m.start < s.end and s.start < m.end for m in products) for s in sends)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_overlap_is_seen_on_the_trace(ranks, stage):
+    beside, after = (
+        ranks.trace(some_steps, 2, WIDTH, LAYERS, False, {"stage": stage, "overlap": overlap})
+        for overlap in (True, False)
+    )
+    assert while_it_multiplies(beside) and not while_it_multiplies(after)
+
+
 # ---- what it holds --------------------------------------------------------------------------------------------
 
 
