@@ -132,8 +132,7 @@ def cases_of(dtype):
 
 @pytest.mark.parametrize("n", WORLDS)
 def test_equal_to_one_process(ranks_of, n):
-    for dtype in (torch.float64, torch.float32):
-        ranks_of(n).run(several, list(cases_of(dtype)), quiet=True)
+    ranks_of(n).run(several, [*cases_of(torch.float64), *list(cases_of(torch.float32))[::3]], quiet=True)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
