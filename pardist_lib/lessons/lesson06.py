@@ -401,12 +401,16 @@ class sample_indices:
     def check(run):
         cases = [(12, 4, 0, 0), (12, 4, 1, 0), (10, 4, 0, 0), (7, 3, 2, 5), (40, 2, 0, 0), (40, 2, 1, 0), (40, 2, 2, 0),
                  (40, 2, 0, 9), (5, 5, 0, 0), (6, 1, 3, 1)]  # fmt: skip
-        [seen] = run(_sampled, cases, n=1)
-        if seen.calls:
-            raise Wrong(f"it calls {seen.calls[0].op}: every rank can work out its part without asking")
-        dealt, touched = seen.kept
+        seen = run(_sampled, cases)
+        if calls := [call for one in seen for call in one.calls]:
+            raise Wrong(f"it calls {calls[0].op}: every rank can work out its part without asking")
+        dealt, touched = seen[0].kept
         for case, (lists, again) in zip(cases, dealt, strict=True):
             _judge_samples(*case, lists, again)
+        for rank, one in enumerate(seen):
+            if one.kept[0] != dealt:
+                why = "what it gives differs from process to process: nothing but the arguments may go into the seed"
+                raise Wrong(why, f"rank {rank} against rank 0, called with the same arguments")
         orders = {case: lists for case, (lists, _) in zip(cases, dealt, strict=True)}
         if orders[40, 2, 0, 0] == orders[40, 2, 1, 0]:
             raise Wrong("every epoch has the same order: the epoch belongs into the seed", "40 samples on 2 ranks")

@@ -228,7 +228,7 @@ def _move(p, view, n, names):
     if p.grad.is_sparse:
         raise RuntimeError(f"the gradient of {names[p]} is sparse, which does not fit in a bucket: use sparse=False")
     if p.grad is not view or n != 1:
-        torch.div(p.grad, n, out=view)
+        torch.mul(p.grad, 1 / n, out=view)
     p.grad = view
 
 

@@ -1,5 +1,6 @@
 """Wrong answers to the exercises of lesson 06, as people really write them; and right ones other than the reference."""
 
+import os
 import random
 
 import torch
@@ -510,6 +511,16 @@ def unseeded(length, rank, n, epoch, seed=0):
     mine = list(range(rank, length, n))
     random.shuffle(mine)
     return mine
+
+
+@mistake("sample_indices", "differs from process to process")
+def seeds_by_process(length, rank, n, epoch, seed=0):
+    return shuffled(length, seed + epoch + os.getpid())[rank::n]
+
+
+@mistake("sample_indices", "differs from process to process")
+def seeds_by_the_true_rank(length, rank, n, epoch, seed=0):
+    return shuffled(length, seed + epoch + 1000 * dist.get_rank())[rank::n]
 
 
 @mistake("sample_indices", "a rank has the same samples in every epoch")
