@@ -20,6 +20,7 @@ Privacy" (2017), Mironov et al., "Rényi Differential Privacy of the Sampled Gau
 Goodfellow, "Efficient Per-Example Gradient Computations" (2015) for why per-row gradients need not cost b passes.
 """
 
+import logging
 import math
 import secrets
 
@@ -134,5 +135,11 @@ def epsilon(rate, sigma, steps, delta):
 
     accountant = dp_accounting.rdp.RdpAccountant()
     step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
-    accountant.compose(step, int(steps))
-    return float(accountant.get_epsilon(delta))
+    chatter = logging.getLogger("absl")  # it reports each of its many orders that it leaves out
+    level = chatter.level
+    chatter.setLevel(logging.ERROR)
+    try:
+        accountant.compose(step, int(steps))
+        return float(accountant.get_epsilon(delta))
+    finally:
+        chatter.setLevel(level)

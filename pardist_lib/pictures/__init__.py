@@ -3,8 +3,10 @@
 from .activations import activations
 from .collectives import collective, ring_steps
 from .figure import Picture
+from .images import images
 from .matmul import matmul
 from .memory import memory
+from .messages import messages
 from .plots import bars, curves, gradients
 from .processes import process_tree
 from .shards import held, shards
@@ -15,5 +17,6 @@ from .timeline import timeline
 from .widgets import Live, contact_sheet, knobs, stepper
 
 __all__ = ["Live", "Picture", "Table",
-           "activations", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "knobs", "matmul", "memory",
+           "activations", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "images", "knobs", "matmul",
+           "memory", "messages",
            "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients", "stepper", "timeline"]

@@ -110,5 +110,11 @@ EXAMPLES = {
         "fc1.weight": (random(20, 10), np.split(random(20, 10), 4), 0),
         "fc2.weight": (random(3, 8), np.split(random(3, 8) + 0.1, 4, 1), 1),
         "fc2.bias": (random(10), [random(10)] * 4, None)}, title="over 4 ranks"),
+    "images": lambda: pictures.images({"digits": random(7, 8, 8), "what the server\nmade of them": random(12, 8, 8)},
+                                      title="digits", note="black is ink"),
+    "messages": lambda: pictures.messages(["vector", "own mask", "with 1", "message"], {
+        "client 0": [(7, "secret"), (55, "restored"), ("+31", "secret"), (93, "sent")],
+        "client 1": [(12, "secret"), (8, "secret"), None, (12, "gone")], "sum": [None, None, None, (7, "result")]},
+        title="secure aggregation", note="modulo 100", line="The server adds up what it has."),
     "contact sheet": lambda: pictures.contact_sheet(pictures.ring_steps(ring_states(3))),
 }
