@@ -124,7 +124,7 @@ def against_dtensor(build, hidden, pairs):
 
         losses.append([step() for _ in range(3)])
         steps[name] = step
-        peaks.append(median(peak_of(step) for _ in range(5)))
+        peaks.append(min(peak_of(step) for _ in range(5)))  # gloo's thread may let go of a tensor late
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4, losses
     return in_turns(steps, pairs), tuple(peaks)
 
