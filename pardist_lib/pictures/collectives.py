@@ -146,8 +146,9 @@ def ring_steps(states, *, title="ring all-reduce"):
     """One picture per step of a ring algorithm, for `stepper`: ranks as rows, chunks as columns.
 
     states[step][rank][chunk]: the set of ranks whose data is in that chunk (drawn as stripes of their colours), or
-    its value.  states[0] is the start.  A chunk that changed in a step got an arrow from the rank before it in the
-    ring, and a thick frame.  Captions are in each picture's `caption`.
+    its value: in its rank's colour while it is as it was at the start, grey as a sum, with a ✓ as it is in the end.
+    states[0] is the start.  A chunk that changed in a step got an arrow from the rank before it in the ring, and a
+    thick frame.  Captions are in each picture's `caption`: with n ranks, n - 1 steps add and n - 1 more copy.
     Raises ValueError where the steps differ in their number of ranks or chunks.
     """
     states = [[list(row) for row in state] for state in states]
@@ -165,7 +166,8 @@ def _ring_step(states, step, title):
     world, chunks = len(state), len(state[0])
     moved = [(r, c) for r in range(world) for c in range(chunks) if not _equal(state[r][c], old[r][c])]
     sent = [f"rank {(r - 1) % world} sends chunk {c} to rank {r}" for r, c in moved]
-    caption = f"step {step} of {len(states) - 1}" if step else "start"
+    kind = (": add" if step < world else ": copy") if len(states) == 2 * world - 1 else ""
+    caption = f"step {step} of {len(states) - 1}{kind}" if step else "start"
     rows = [{"rank": r} | {f"chunk {c}": _content(state[r][c]) for c in range(chunks)} for r in range(world)]
     full = sum(_content(v) == "+".join(map(str, range(world))) for row in state for v in row)
     done = f" {full} of {world * chunks} chunks are complete." if isinstance(state[0][0], (set, frozenset)) else ""
@@ -175,14 +177,17 @@ def _ring_step(states, step, title):
 
     def draw(figure):
         axes = sheet(figure)
-        heading(axes, title, caption + (f": {len(moved)} chunks arrive (thick frames)" if moved else ""))
+        heading(axes, title, caption + (f" — {len(moved)} chunks arrive (thick frames)" if moved else ""))
         for chunk in range(chunks):
             write(axes, left + (chunk + 0.5) * wide, 0.56, f"chunk {chunk}", wide)
         for rank in range(world):
             y = top + rank * (tall + gap)
             chip(axes, 0.75, y + tall / 2, rank)
             for chunk in range(chunks):
-                _stripes(axes, state[rank][chunk], left + chunk * wide, y, wide, tall, (rank, chunk) in moved)
+                value = state[rank][chunk]
+                own = rank if _equal(value, states[0][rank][chunk]) else None
+                final = step > 0 and own is None and _equal(value, states[-1][rank][chunk])
+                _stripes(axes, value, left + chunk * wide, y, wide, tall, (rank, chunk) in moved, own, final)
         for rank, chunk in moved:
             _arrow(axes, left + (chunk + 0.5) * wide, left - 0.2, rank, world, top, gap, tall)
 
@@ -200,14 +205,17 @@ def _content(value):
     return value if isinstance(value, str) else brief(array(value, "ring_steps"), 6)
 
 
-def _stripes(axes, value, x, y, wide, tall, changed):
-    """A chunk: one stripe per contributing rank, its text on a paper label."""
+def _stripes(axes, value, x, y, wide, tall, changed, own, final):
+    """A chunk: one stripe per contributing rank, its text on a paper label. own: the rank whose untouched value it
+    is, or None; final: whether it is finished."""
     inside = sorted(value) if isinstance(value, (set, frozenset)) else []
-    block(axes, x, y, wide, tall, palette.NEUTRAL if not inside else palette.PAPER, line=0)
+    fill = palette.PAPER if inside else palette.NEUTRAL if own is None else palette.rank_colour(own)
+    block(axes, x, y, wide, tall, fill, line=0, hatch="" if own is None or inside else palette.rank_hatch(own))
     for i, rank in enumerate(inside):
         part = wide / len(inside)
         block(axes, x + i * part, y, part, tall, palette.rank_colour(rank), line=0, hatch=palette.rank_hatch(rank))
-    write(axes, x + wide / 2, y + tall / 2, _content(value), wide - 0.14, back=palette.PAPER)
+    text = _content(value) + " ✓" * final
+    write(axes, x + wide / 2, y + tall / 2, text, wide - 0.14, back=palette.PAPER)
     block(axes, x, y, wide, tall, "none", line=2.6 if changed else 0.8)
 
 

@@ -1,9 +1,12 @@
 """Numbers over ranks and steps: gradients before and after synchronisation, curves, bars."""
 
 import math
+import re
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.patheffects import Normal, Stroke
+from matplotlib.ticker import LogLocator
 
 from . import palette
 from .figure import WIDTH, Picture, block, chip, heading, paint, shades, sheet, text_width, write_left
@@ -59,7 +62,7 @@ def gradients(before, after=None, *, title="gradient"):
             axes.text(
                 0.15,
                 y + tall / 2,
-                f"{moment}\nranks differ\nby up to {number(apart[moment])}",
+                f"{moment}:\ntwo ranks differ\nby up to {number(apart[moment])}",
                 va="center",
                 linespacing=1.35,
             )
@@ -99,12 +102,14 @@ def _scale(axes, x, y, height, top):
         axes.text(x + 0.2, y + at * height, number(value), size=8, va="center", color=palette.MUTED)
 
 
-def curves(series, *, difference=False, title="", xlabel="step", ylabel="loss", log=False):
+def curves(series, *, difference=False, title="", xlabel="step", ylabel="loss", log=False, ticks=None):
     """Curves such as losses, tellable where they coincide: each later one is thinner, dashed, with its own marker.
 
     series: {"one process": [...], "four ranks": [...]}, one number per step; lengths may differ.
-    difference: a second panel with how far every curve is from the first, on a logarithmic scale.
-    log: logarithmic y axis.  Raises ValueError for empty series, or a difference of one curve.
+    difference: a second panel with how far every curve is from the first, a dot a step on a logarithmic scale; a
+    number instead of True is a bound that was promised, and is drawn as a line.  A curve called "rank 2" has the
+    colour of rank 2.  log: logarithmic y axis.  ticks: what to write below each step instead of its number.
+    Raises ValueError for empty series, a difference of one curve, or ticks that are not one for each step.
     """
     if not isinstance(series, dict) or not series:
         raise ValueError("curves: expected {label: list of numbers}")
@@ -115,6 +120,8 @@ def curves(series, *, difference=False, title="", xlabel="step", ylabel="loss", 
         raise ValueError("curves: a difference needs at least two curves")
     (first, base), *others = series.items()
     steps = max(len(ys) for ys in series.values())
+    if ticks is not None and len(ticks) != steps:
+        raise ValueError(f"curves: {len(ticks)} ticks for {steps} steps")
     rows = [{xlabel: i} | {k: float(ys[i]) if i < len(ys) else None for k, ys in series.items()} for i in range(steps)]
     alt = (
         f"{title or ylabel} over {count(steps, xlabel)}: "
@@ -140,9 +147,12 @@ def curves(series, *, difference=False, title="", xlabel="step", ylabel="loss", 
         figure.text(0.02, 1 - 0.24 / height, title, size=11, weight="bold", va="center")
         for i, (drawn, name) in enumerate(panels):
             axes = figure.add_subplot(grid[i])
-            _lines(axes, drawn, i)
+            _dots(axes, drawn) if i else _lines(axes, drawn)
             axes.set(xlabel=xlabel, ylabel=name, yscale="log" if i or log else "linear")
+            if ticks is not None:
+                axes.set_xticks(range(steps), ticks)
             if i:
+                _decades(axes, drawn, 0 if difference is True else difference)
                 _zeros(axes, gaps)
             if i or log:
                 axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -160,13 +170,13 @@ def _within(gap):
     return f"never differ by more than {10.0 ** math.ceil(math.log10(worst)):g}" if worst else "are equal at every step"
 
 
-def _lines(axes, series, skip):
+def _lines(axes, series):
     dashes = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (9, 4)), (0, (2, 4)))
-    for i, (label, ys) in enumerate(series.items(), skip):
-        every = max(len(ys) // 10, 1)
-        axes.plot(
+    for i, (label, ys) in enumerate(series.items()):
+        every, rank = max(len(ys) // 10, 1), re.fullmatch(r"rank (\d+)", label)
+        lines = axes.plot(
             ys,
-            color=palette.LINES[i % 6],
+            color=palette.rank_colour(int(rank[1])) if rank else palette.LINES[i % 6],
             lw=max(4.5 - 1.5 * i, 1.3),
             alpha=1 if i else 0.45,
             label=label,
@@ -174,11 +184,33 @@ def _lines(axes, series, skip):
             marker="osD^vP"[i % 6],
             ms=5,
             markevery=(i * every // 3 % len(ys), every),
-            markeredgecolor=palette.PAPER,
+            markeredgecolor=palette.INK if rank else palette.PAPER,
             markeredgewidth=0.6,
         )
+        if rank:  # some ranks' colours are too light for a line on paper: a dark edge
+            width = lines[0].get_linewidth()
+            lines[0].set(alpha=1, path_effects=[Stroke(linewidth=width + 1, foreground=palette.INK), Normal()])
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
+
+
+def _dots(axes, series):
+    for i, (label, ys) in enumerate(series.items(), 1):
+        axes.plot(ys, ".", color=palette.LINES[i % 6], ms=5, label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.25)
+
+
+def _decades(axes, series, promised):
+    """Whole powers of ten around all dots, and a line at what was promised."""
+    values = np.concatenate([ys[np.isfinite(ys)] for ys in series.values()])
+    if promised:
+        axes.axhline(promised, color=palette.INK, lw=1.2, ls=(0, (5, 3)), label="promised")
+        values = np.append(values, promised)
+    if values.size:
+        low, high = math.floor(math.log10(values.min())), math.ceil(math.log10(values.max()) + 0.1)
+        axes.set_ylim(10.0 ** min(low, high - 2), 10.0**high)
+        axes.yaxis.set_major_locator(LogLocator(numticks=8))
 
 
 def _zeros(axes, gaps):

@@ -73,7 +73,7 @@ def _name(row):
     rank = row.get("rank")
     if rank is None or f"rank {rank}" in row["what"]:
         return row["what"]
-    return f"rank {rank}" if row["what"] == "rank" else f"{row['what']} (rank {rank})"
+    return f"rank {rank}" if row["what"] == "rank" else f"{row['what']} of rank {rank}"
 
 
 def _place(parent, children, depth, top, indent, places, lines):
@@ -91,7 +91,8 @@ def _place(parent, children, depth, top, indent, places, lines):
 
 def _box(axes, row, x, y, width):
     """What it is in bold, rank included; below it the pid and the number of threads."""
-    fill = palette.NEUTRAL if row.get("rank") is None else palette.rank_colour(row["rank"])
+    helper = row.get("rank") is None or row["what"] == "worker"  # a worker stands behind a rank, and is none
+    fill = palette.NEUTRAL if helper else palette.rank_colour(row["rank"])
     axes.add_artist(
         FancyBboxPatch(
             (x + 0.04, y - 0.15),

@@ -14,6 +14,7 @@ from .values import count, size
 LEFT, TOP, RIGHT = 0.95, 0.95, 0.15  # inches
 COMPUTE, COMMUNICATE, GAP = 0.24, 0.42, 0.16  # heights of the two sub-lanes, and between two ranks
 PIXEL = 1 / 144  # inches
+COMPUTATION = palette.NEUTRAL, ""  # grey: no rank's colour
 LEVELS = 3  # communication that overlaps on one rank is stacked this deep
 
 
@@ -168,7 +169,7 @@ def _fill(axes, boxes, styles):
     for box in boxes:
         groups[box[4].name if box[4].kind == "communication" else None].append(box)
     for name, members in groups.items():
-        fill, hatch = styles[name] if name is not None else palette.kind_style(0)
+        fill, hatch = styles[name] if name is not None else COMPUTATION
         corners = [[(x, y), (x + w, y), (x + w, y + h), (x, y + h)] for x, y, w, h, *_ in members]
         edges = [0.5 if w > 5 * PIXEL else 0 for _, _, w, *_ in members]
         axes.add_collection(
@@ -188,7 +189,7 @@ def _label(axes, boxes, styles, most=200):
     """Names and bytes on the boxes that have room for them, widest first."""
     for x, y, w, h, event, calls, moved in sorted(boxes, key=lambda box: -box[2])[:most]:
         talk = event.kind == "communication"
-        fill = styles[event.name][0] if talk else palette.kind_style(0)[0]
+        fill = styles[event.name][0] if talk else COMPUTATION[0]
         times, much = f"{calls} × " if calls > 1 else "", f" {size(moved)}" if moved else ""
         points = 7.5 if h > 0.15 else 6.5
         if calls > 1 and not talk:
@@ -234,7 +235,7 @@ def _arrows(axes, events, zero, scale, most=40):
 
 def _legend(axes, styles, computes):
     x = LEFT
-    for name, (fill, hatch) in ([("computation", palette.kind_style(0))] if computes else []) + list(styles.items()):
+    for name, (fill, hatch) in ([("computation", COMPUTATION)] if computes else []) + list(styles.items()):
         if x > WIDTH - 1.2:
             break
         block(axes, x, 0.47, 0.3, 0.17, fill, hatch=hatch)

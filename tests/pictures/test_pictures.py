@@ -163,6 +163,8 @@ def test_a_chunk_that_several_ranks_had_belongs_to_its_holder_or_to_nobody():
 def test_ring_steps_say_what_is_sent(world):
     frames = pictures.ring_steps(ring_states(world))
     assert len(frames) == 2 * world - 1 and frames[0].caption == "start"
+    kinds = [": add"] * (world - 1) + [": copy"] * (world - 1)
+    assert [f.caption for f in frames[1:]] == [f"step {i} of {len(kinds)}{k}" for i, k in enumerate(kinds, 1)]
     for frame in frames[1:]:
         assert frame.alt.count("sends chunk") + frame.alt.count("sends") == 2 * world
     assert f"{world * world} of {world * world} chunks are complete" in frames[-1].alt
@@ -170,6 +172,12 @@ def test_ring_steps_say_what_is_sent(world):
         assert "rank 0 sends chunk 0 to rank 1" in frames[1].alt
         assert frames[1].table().rows[1]["chunk 0"] == "0+1"
         assert frames[3].table().rows[3]["chunk 0"] == "0+1+2+3"
+
+
+def test_ring_steps_show_whose_a_value_is_and_what_is_finished():
+    start, step, end = pictures.ring_steps([[[1, 2], [10, 20]], [[1, 22], [11, 20]], [[11, 22], [11, 22]]])
+    assert all(share(start, palette.rank_colour(r)) > 0.05 for r in (0, 1)) and share(start, palette.NEUTRAL) < 0.001
+    assert all(share(end, palette.rank_colour(r)) < 0.02 for r in (0, 1)) and share(end, palette.NEUTRAL) > 0.05
 
 
 def test_ring_steps_take_values():
@@ -200,6 +208,20 @@ def test_curves_give_the_numbers_and_a_bound():
     assert picture.table().column("one") == LOSS
     assert "are equal at every step" in pictures.curves({"a": LOSS, "b": LOSS}, difference=True).alt
     assert pictures.curves({"a": [1, 2], "b": [3]}).table().column("b") == [3.0, None]
+
+
+def test_curves_of_ranks_have_their_colours():
+    picture = pictures.curves({f"rank {r}": np.add(LOSS, r) for r in range(4)})
+    assert all(share(picture, palette.rank_colour(r)) > 0.0003 for r in range(4))
+    assert share(pictures.curves({"a": LOSS, "b": LOSS}), palette.rank_colour(3)) == 0
+
+
+def test_a_promised_bound_and_named_steps_are_drawn():
+    close = {"a": LOSS, "b": np.add(LOSS, [1e-8, 2e-7, 0, 3e-8])}
+    plain, bound = pictures.curves(close, difference=True), pictures.curves(close, difference=1e-6)
+    assert plain.alt == bound.alt and plain.png != bound.png
+    with pytest.raises(ValueError, match="2 ticks for 4 steps"):
+        pictures.curves(close, ticks=["1 kB", "4 kB"])
 
 
 def test_coinciding_curves_are_both_seen():
@@ -280,8 +302,8 @@ def test_process_tree_prints_as_a_tree_without_pids():
             "processes (7)",
             "kernel",
             "├─ torchrun agent",
-            "│  ├─ worker (rank 0)",
-            "│  └─ worker (rank 1)",
+            "│  ├─ worker of rank 0",
+            "│  └─ worker of rank 1",
             "└─ host",
             "   ├─ rank 0",
             "   └─ rank 1",
