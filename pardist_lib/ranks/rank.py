@@ -141,7 +141,7 @@ def _watch(conn, main_thread):
             conn.recv()
             frame, frames = sys._current_frames().get(main_thread), []
             for f, line in traceback.walk_stack(frame):
-                frames.append((f.f_code.co_filename, line, f.f_code.co_name))
+                frames.append((f.f_code.co_filename, line or f.f_code.co_firstlineno, f.f_code.co_name))
             conn.send((frames[::-1], _collectives_so_far()))
     except (EOFError, OSError):
         os._exit(0)
