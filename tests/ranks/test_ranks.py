@@ -171,7 +171,7 @@ def test_nonsense_sizes(bad):
 
 
 def test_not_a_function(ranks_of):
-    with pytest.raises(TypeError, match="fn is a function, not int"):
+    with pytest.raises(TypeError, match="fn is a function, not int; give it without calling it"):
         ranks_of(4).run(3)
 
 
@@ -252,6 +252,8 @@ def test_folding():
     text = rendered({0: long}, colour=False)
     assert "880 more lines, all of them in ranks.output[0]" in text and text.endswith("999")
     assert len(rendered({0: ["x" * 10_000]}, colour=False)) < 600
+    apart = rendered({rank: [f"{rank}: {i}" for i in range(3000)] for rank in range(4)}, colour=False)
+    assert len(apart.splitlines()) == 4 * 121 and apart.count("2,880 more lines, all of them in ranks.output") == 4
 
 
 def test_progress_bars_leave_their_last_state():
