@@ -454,7 +454,7 @@ def sends_it_twice(theta, gradient, lr, server=0):
         dist.send(theta, worker)
 
 
-@mistake("server_round", "rank 0 receives from itself")
+@mistake("server_round", "rank 0 sends to itself or receives from itself")
 def serves_itself_too(theta, gradient, lr, server=0):
     if dist.get_rank() != server:
         return work(theta, gradient, server)
