@@ -544,8 +544,10 @@ def _judge_halves(seen, n, size, about):
         gathers = [call for call in one.calls if call.op in _GATHER]
         scatters = [call for call in one.calls if call.op in _SCATTER]
         halves = len(gathers) + len(scatters)
-        if any(call.bytes > size for call in gathers + scatters):
-            raise Wrong("the results are right, but more than the whole input is gathered", f"rank {rank}, {about}")
+        if any(call.bytes not in (size, size // n) for call in gathers + scatters):
+            why = "the results are right, but what travels is not the size of x: gather x and grad, not weights"
+            got = ", ".join(f"{call.op} of {call.bytes} bytes" for call in gathers + scatters)
+            raise Wrong(why, f"rank {rank}, {about}", f"{size} bytes, or a rank's {size // n}", got)
         by_hand = sum(call.bytes for call in one.calls if call.op == "send")
         sent = halves * (n - 1) / n * size + by_hand
         fair = 4 * (n - 1) / n * size

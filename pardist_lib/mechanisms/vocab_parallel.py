@@ -144,7 +144,8 @@ def vocab_parallel_cross_entropy(
     losses = _CrossEntropy.apply(logits, target, group, ignore_index, label_smoothing, vocab_size)
     if reduction == "mean":
         losses = losses.sum() / (target != ignore_index).sum()
-    return (losses.sum() if reduction == "sum" else losses).to(logits.dtype)
+    losses = losses.sum() if reduction == "sum" else losses
+    return losses if torch.is_autocast_enabled(logits.device.type) else losses.to(logits.dtype)  # as torch's does
 
 
 class _CrossEntropy(torch.autograd.Function):

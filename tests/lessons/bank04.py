@@ -561,6 +561,16 @@ def y_only(x, up, down, grad):
     return scatter((gather(x) @ up.T).relu() @ down.T)
 
 
+@mistake("sequence_parallel_mlp", "gather x and grad, not weights")
+def gathers_weights(x, up, down, grad):
+    """Sharded data parallelism: right, and something else."""
+    whole_up, whole_down = gather(up), gather(down.T).T
+    hidden = (x @ whole_up.T).relu()
+    grad_hidden = (grad @ whole_down) * (hidden > 0)
+    grad_up, grad_down = grad_hidden.T @ x, hidden.T @ grad
+    return hidden @ whole_down.T, grad_hidden @ whole_up, scatter(grad_up), scatter(grad_down).T
+
+
 def gather_tensor(part):
     whole = part.new_empty(len(part) * dist.get_world_size(), part.size(1))
     dist.all_gather_into_tensor(whole, part)

@@ -164,6 +164,39 @@ def test_after_20_steps_still_equal(ranks_of, form):
                 close(weights[name], p.detach(), f"{name} on {n} ranks", {"rtol": 1e-9, "atol": 1e-9})
 
 
+def in_groups(case):
+    """Ranks 0 and 2 split one block, ranks 1 and 3 another one, at the same time."""
+    groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+    mine, place = groups[dist.get_rank() % 2], dist.get_rank() // 2
+    part = ParallelTransformerBlock.from_module(whole_of(case, dist.get_rank()), mine, **FORMS[case["form"]])
+    x, weights = (t.tensor_split(2, 1)[place] for t in (input_of(case), weights_like(input_of(case))))
+    y = part(x, split_sizes(case["s"], 2))
+    (y * weights).sum().backward()
+    whole = part.to_module()
+    wanted = whole(input_of(case))
+    (wanted * weights_like(wanted)).sum().backward()
+    apart = [(y - wanted.tensor_split(2, 1)[place]).abs().max().item()]
+    pairs = zip((part.norm1.weight, part.mlp[2].bias), (whole.norm1.weight, whole.mlp[2].bias), strict=True)
+    apart += [(p.grad - q.grad).abs().max().item() for p, q in pairs]
+    heard = ""
+    try:
+        ParallelTransformerBlock.from_module(whole, groups[1 - dist.get_rank() % 2])
+    except ValueError as error:
+        heard = str(error)
+    dist.destroy_process_group(mine)
+    return max(apart), whole.norm1.weight.detach(), heard
+
+
+@pytest.mark.parametrize("form", ["keep", "again"])
+def test_two_groups_at_once_and_outsiders_are_told(ranks_of, form):
+    results = ranks_of(4).run(in_groups, PLAIN | {"form": form, "s": 7}, quiet=True)
+    assert all(apart < 1e-10 for apart, *_ in results)
+    weights = [w for _, w, _ in results]
+    assert torch.equal(weights[0], weights[2]) and torch.equal(weights[1], weights[3])
+    assert not torch.equal(weights[0], weights[1])  # each group its own first rank's
+    assert all(f"ParallelTransformerBlock: rank {r} is not in" in heard for r, (*_, heard) in enumerate(results))
+
+
 # ---- beside DTensor -------------------------------------------------------------------------------------------
 
 

@@ -174,6 +174,20 @@ def test_any_shape_vocabulary_dtype_and_world(ranks_of, drawn):
     check_losses(ranks_of(4), n, [case])
 
 
+def under_autocast():
+    logits, target = inputs(**PLAIN | {"dtype": torch.bfloat16})
+    part = logits.tensor_split(dist.get_world_size(), -1)[dist.get_rank()]
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = F.cross_entropy(logits.flatten(0, -2), target.flatten())
+        return vocab_parallel_cross_entropy(part, target), theirs
+
+
+def test_under_autocast_the_loss_is_float32_as_torchs(ranks_of):
+    for ours, theirs in ranks_of(3).run(under_autocast, quiet=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        close(ours, theirs, "loss")
+
+
 def beside_dtensor(reduction, smoothing):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
