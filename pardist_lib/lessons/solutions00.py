@@ -17,10 +17,10 @@ def shard_rows(n: int, rank: int, world_size: int) -> range:
 def average_gradients(model: torch.nn.Module, group=None) -> None:
     """Replace every gradient by its mean over the ranks. Called after backward(), on every rank of the group.
 
-    model: the same parameters on every rank; the gradients are each rank's own. A gradient is None on every rank
-    or on none: where it is None (frozen, unused) it stays None.
+    model: the same parameters on every rank; the gradients are each rank's own. A gradient is None on every
+    rank or on none: where it is None (frozen, unused) it stays None.
     group: the ranks that average; None means all of them.
-    In place: afterwards `p.grad` holds the mean, for each `p` of `model.parameters()`; the weights are not touched.
+    In place: afterwards `p.grad` holds the mean, for each `p` of `model.parameters()`; the weights stay.
     Sends: one dist.all_reduce of each gradient, or one of all gradients laid end to end; nothing else.
     """
     n = dist.get_world_size(group)
@@ -34,8 +34,8 @@ def average_used_gradients(model: torch.nn.Module, group=None) -> None:
     """average_gradients for models of which a rank may use only a part.
 
     A gradient may be None on some ranks only: those did not use the parameter, and count as zeros in the mean.
-    In place: a parameter that at least one rank used has the mean as its `.grad` on every rank; one that no rank
-    used keeps None; frozen parameters (requires_grad is False) keep None. The weights are not touched.
+    In place: a parameter that at least one rank used has the mean as its `.grad` on every rank; one that no
+    rank used keeps None; frozen parameters (requires_grad is False) keep None. The weights are not touched.
     Sends: as average_gradients, and one small all_reduce (at most 8 bytes a parameter) by which the ranks first
     agree on what was used.
     """

@@ -21,7 +21,7 @@ def my_broadcast(tensor: torch.Tensor, src: int) -> None:
 
 
 def exchange(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Swap tensors with both neighbours. The ranks stand in a ring: the left neighbour of rank 0 is the last rank.
+    """Swap tensors with both neighbours. The ranks stand in a ring: to the left of rank 0 is the last rank.
 
     tensor: any shape and dtype, the same on every rank; it is not changed.
     Returns (from_left, from_right): the tensors of ranks rank - 1 and rank + 1.
@@ -57,11 +57,11 @@ def my_all_gather(tensor: torch.Tensor) -> torch.Tensor:
 def my_ring_all_reduce(tensor: torch.Tensor) -> None:
     """Replace `tensor` by its sum over all ranks, by passing pieces of it around a ring.
 
-    tensor: contiguous, any shape and dtype, the same on every rank; any number of elements, also fewer than ranks.
+    tensor: contiguous, any shape and dtype, the same on every rank; it may have fewer elements than ranks.
     In place: afterwards every rank's `tensor` holds the sum.
     Sends: dist.isend and dist.irecv (or send, recv) only, each rank to rank + 1 only, the last one to rank 0.
-    With n ranks and S bytes each rank sends 2(n - 1)/n · S: n - 1 steps in which one n-th of the tensor is passed
-    on and added up, then n - 1 in which the finished n-ths go round. Where n does not divide the number of
+    With n ranks and S bytes each rank sends 2(n - 1)/n · S: n - 1 steps in which one n-th of the tensor is
+    passed on and added up, then n - 1 in which the finished n-ths go round. Where n does not divide the number of
     elements, some pieces have one element more than others, and never two.
     """
     rank, n = dist.get_rank(), dist.get_world_size()
@@ -90,9 +90,9 @@ def fit_alpha_beta(sizes: list, seconds: list) -> tuple[float, float]:
     """Latency and bandwidth of a link, from how long messages of several sizes took on it.
 
     sizes: the messages' sizes in bytes, in any order. seconds: how long each took. Neither list is changed.
-    Returns (latency in seconds, bandwidth in bytes per second) of the model seconds = latency + size / bandwidth
-    that fits best: the least sum of ((measured - model) / measured)². As a share of what was measured, because a
-    microsecond matters to a short message and not to a long one.
+    Returns (latency in seconds, bandwidth in bytes per second) of the model seconds = latency + size/bandwidth
+    that fits best: the least sum of ((measured - model) / measured)². As a share of what was measured, because
+    a microsecond matters to a short message and not to a long one.
     """
     x, y = torch.tensor(sizes, dtype=torch.float64), torch.tensor(seconds, dtype=torch.float64)
     columns = torch.stack([1 / y, x / y], 1)  # latency * 1/y + slope * x/y is to be 1
@@ -101,9 +101,9 @@ def fit_alpha_beta(sizes: list, seconds: list) -> tuple[float, float]:
 
 
 def bus_bandwidth(size_in_bytes: int, seconds: float, n: int) -> float:
-    """What an all-reduce of size_in_bytes that took `seconds` on n ranks says about the links, in bytes per second.
+    """What an all-reduce of size_in_bytes that took `seconds` on n ranks says about the links: bytes per second.
 
-    The bytes each rank had to send in a ring, 2(n - 1)/n · size_in_bytes, per second. (nccl-tests calls it busbw;
-    size_in_bytes / seconds, which falls as ranks are added even where the links are as fast, is its algbw.)
+    The bytes each rank had to send in a ring, 2(n - 1)/n · size_in_bytes, per second. (nccl-tests calls it
+    busbw; size_in_bytes / seconds, which falls as ranks are added even where the links are as fast, is its algbw.)
     """
     return 2 * (n - 1) / n * size_in_bytes / seconds
