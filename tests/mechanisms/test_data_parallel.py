@@ -355,6 +355,27 @@ def test_the_order_of_buckets_does_not_depend_on_who_is_ready_first(ranks_of, ov
         assert started == list(range(count)) and count > 3
 
 
+def started_during_backward(overlap):
+    """Buckets under way when the first layer's gradient, the last one, is computed; and when backward is over."""
+    started, seen = [], []
+
+    def hook(bucket, group):
+        started.append(bucket.index)
+        return dist.all_reduce(bucket.flat, group=group, async_op=True).wait
+
+    model = DataParallel(Net(), bucket_mb=TINY, first_bucket_mb=TINY, overlap=overlap, comm_hook=hook)
+    model.module.fc1.weight.register_hook(lambda gradient: seen.append(len(started)))
+    cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+    return seen[0], len(started), len(model.buckets)
+
+
+def test_buckets_travel_while_backward_computes(ranks_of):
+    for early, started, count in ranks_of(4).run(started_during_backward, True, quiet=True):
+        assert started == count and early >= count - 2
+    for early, started, count in ranks_of(4).run(started_during_backward, False, quiet=True):
+        assert started == count and early == 0
+
+
 # ---- the start, groups, the naive version ---------------------------------------------------------------------
 
 
