@@ -54,6 +54,7 @@ class _Pickler(cloudpickle.Pickler):
         if torch and type(obj) in (torch.Tensor, torch.nn.Parameter):
             if obj.layout == torch.strided and not obj.is_quantized and obj.device.type != "meta":
                 values = obj.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+                values = values if values.numel() else values.new_empty(0)  # whatever strides an empty one has
                 wants_grad = obj.requires_grad and obj.is_leaf
                 buffer = pickle.PickleBuffer(values.view(torch.uint8).numpy())
                 return _tensor, (buffer, obj.dtype, tuple(obj.shape), wants_grad, type(obj) is torch.nn.Parameter)

@@ -61,6 +61,7 @@ def test_the_true_process_tree(ranks_of):
         torch.randn(300, 300),
         torch.tensor(3.5),
         torch.empty(0, 4, dtype=torch.int32),
+        torch.ones(4, 6)[:, 6:],  # empty, and with strides
         torch.ones(70000, dtype=torch.bfloat16),
         torch.tensor([True, False]),
         torch.tensor([1 + 2j]),
