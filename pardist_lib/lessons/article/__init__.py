@@ -28,7 +28,9 @@ def show(step):
         f'<div style="background:{shades.get(line[0], "none")}">{html.escape(line)}</div>'
         for line in ("…" if line.startswith("@@") else line or " " for line in lines)
     )
-    return HTML(f'<pre style="background:none;color:inherit;line-height:1.35;white-space:pre;overflow-x:auto">{rows}</pre>')
+    return HTML(
+        f'<pre style="background:none;color:inherit;line-height:1.35;white-space:pre;overflow-x:auto">{rows}</pre>'
+    )
 
 
 def run(step, seconds=300):
