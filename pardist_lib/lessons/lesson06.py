@@ -175,6 +175,8 @@ def _hooked(answer, dtype, same_weights, in_pairs, second):
     _loss(twin, _rows(1 + second, rank, dtype)).backward()
     before, weights = _gradients(twin), {name: p.detach().clone() for name, p in model.named_parameters()}
 
+    trainable = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
+
     def first_layer(gradient):  # the last one to be computed
         kept["within"] = _sequence() > kept["started"]
 
@@ -190,9 +192,11 @@ def _hooked(answer, dtype, same_weights, in_pairs, second):
 
     seen = watched(everything)
     seen.calls = seen.calls[kept["earlier calls"] :] if second else seen.calls
+    seen.ops = set()  # backward's own divisions are among them
     touched = [name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]
-    trainable = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
-    seen.kept = {"before": before, "after": _gradients(model), "touched": touched, "trainable": trainable, **kept}
+    turned = [name for name, p in model.named_parameters() if p.requires_grad != (name in trainable)]
+    seen.kept = {"before": before, "after": _gradients(model), "touched": touched, "turned": turned, **kept}
+    seen.kept["trainable"] = trainable
     return seen
 
 
