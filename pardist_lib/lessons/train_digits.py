@@ -4,6 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # lets the group end before Python does: imported later, it would hold it
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -11,6 +11,7 @@ import os
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # lets the group end before Python does: imported later, it would hold it
 from torch.nn import functional as F
 
 from pardist_lib.lessons.transformer import GPT, TENSOR_PARALLEL

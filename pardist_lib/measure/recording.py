@@ -117,7 +117,8 @@ def _labelled_messages():
     Gives {number: work} of the receipts whose sender is known only once they have ended; the numbers are negative
     and stand in the label for the peer.
     """
-    plain = {name: getattr(dist.ProcessGroup, name) for name in ("send", "recv", "recv_anysource")}
+    # as the class has them: what getattr gives of pybind's methods would come back unbound
+    plain = {name: vars(dist.ProcessGroup)[name] for name in ("send", "recv", "recv_anysource")}
     unknown_senders, numbers = {}, count(-1, -1)
 
     def label(group, tensors, peer):

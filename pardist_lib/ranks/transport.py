@@ -50,7 +50,9 @@ class _Pickler(cloudpickle.Pickler):
     dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({types.CodeType: _code})
 
     def reducer_override(self, obj):
-        torch = sys.modules.get("torch")
+        torch, functional = map(sys.modules.get, ("torch", "torch.distributed._functional_collectives"))
+        if functional and isinstance(obj, functional.AsyncCollectiveTensor):
+            obj = obj.wait()  # DTensor's results may still be on their way
         if torch and type(obj) in (torch.Tensor, torch.nn.Parameter):
             if obj.layout == torch.strided and not obj.is_quantized and obj.device.type != "meta":
                 values = obj.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from pardist_lib import RankError
+from pardist_lib import RankError, torchrun
 from pardist_lib.measure import recording
 from pardist_lib.measure.trace import Event, Trace, record
 
@@ -288,6 +288,28 @@ def test_refused_calls_are_left_out_and_unfinished_ones_kept(ranks_of):
     for rank in (0, 1):
         made = sorted(calls(trace, rank))
         assert made == [("all_reduce", s, (0, 1), None) for s in (8, 200)] + [("send", 4, (0, 1), 1 - rank)]
+
+
+PROGRAM = """
+import torch, torch.distributed as dist
+from pardist_lib.measure.trace import Trace, record
+dist.init_process_group("gloo")
+other = 1 - dist.get_rank()
+def swap():
+    message = dist.isend(torch.ones(3), other)
+    dist.recv(torch.empty(3), other)
+    message.wait()
+traced = Trace([record(swap)])
+swap()
+print([(e.name, e.bytes) for e in traced.collectives])
+dist.destroy_process_group()
+"""
+
+
+def test_a_record_in_a_plain_program_leaves_send_and_receive_as_they_were(tmp_path):
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    assert torchrun(path, nproc=2, quiet=True) == ["[('send', 12), ('recv', 12)]\n"] * 2
 
 
 # ---- times ----------------------------------------------------------------------------------------------------

@@ -76,6 +76,17 @@ def test_tensors_come_back_as_they_are(ranks_of, value):
         assert torch.equal(got.to_dense(), value.to_dense())
 
 
+def unwaited():
+    import torch.distributed._functional_collectives as functional
+
+    return functional.all_reduce(torch.full((1000,), 1.0 + dist.get_rank()), "sum", dist.group.WORLD)
+
+
+def test_a_result_that_is_still_on_its_way_is_waited_for(ranks_of):
+    for got in ranks_of(4).run(unwaited):
+        assert type(got) is torch.Tensor and torch.equal(got, torch.full((1000,), 10.0))
+
+
 def test_results_are_the_notebooks_own(ranks_of):
     """Writing into a received tensor or array changes nobody else's, and what was sent stays as it was."""
     sent = torch.zeros(1 << 17)
