@@ -43,7 +43,8 @@ class ShardedOptimizer(Optimizer):
                             DataParallel or an all-reduce, and `step` only gathers: (n − 1)/n·S
     find_unused_parameters  True where ranks may have gradients for different parameters (see `UsedParameters`)
     overlap                 True: a bucket leaves as soon as backward has its last gradient. Changing a gradient
-                            between backward and step, or another backward, makes it leave once more.
+                            between backward and step, or another backward, makes it leave once more. Worth it where
+                            ranks have cores or links to spare: measured with four ranks on two cores, it costs time.
     bucket_mb               length of the lines that are moved, in MB of 2^20 bytes
 
     Gradients in `.grad` stay each rank's own, as views of a few flat tensors, too. Learning-rate schedulers take it
@@ -53,7 +54,7 @@ class ShardedOptimizer(Optimizer):
     """
 
     def __init__(self, params, optimizer_class, group=None, *, reduce_gradients=True, find_unused_parameters=False,
-                 overlap=True, bucket_mb=4, **defaults):  # fmt: skip
+                 overlap=False, bucket_mb=8, **defaults):  # fmt: skip
         if bad := [c.__name__ for c in optimizer_class.__mro__ if c.__name__ in NOT_ELEMENTWISE]:
             raise ValueError(
                 f"{bad[0]} is not elementwise: its step for one element depends on others, which another rank may "
