@@ -1,14 +1,17 @@
 """The exercises of lesson 02: hints, and how an answer is checked."""
 
+from contextlib import ExitStack
 from math import isqrt
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from pardist_lib.ranks.report import plural
 
 from .cases import F32, F64, I64, numbers, values
-from .judge import Wrong, by_hand, only_calls, peers, same, sent
+from .judge import Wrong, by_hand, equal, only_calls, peers, same, sent
 from .watch import Seen, watched, world
 
 
@@ -97,6 +100,8 @@ def _judge_columns(seen, parts, about):
     ranks = f"every rank, {about}"
     for rank, result in enumerate(results):
         if isinstance(result, torch.Tensor) and result.shape != a.shape:
+            if rank and equal(results[0], a):
+                raise Wrong("only rank 0 has the whole A: every rank has to have it", f"rank {rank}, {about}")
             if result.shape == made[0].shape and torch.allclose(result.to(a.dtype), made[rank]):
                 raise Wrong("each rank returns its own columns only: A has to be whole on every rank", ranks)
             if result.shape == (n * m, w):
@@ -167,7 +172,9 @@ class inner_split:
             shares = [_share(shape[1], n, rank, seed == 0) for rank in range(n)]
             parts = [(b[:, s].contiguous(), c[s].contiguous()) for s in shares]
             about += ", shares " + " ".join(str(s.stop - s.start) for s in shares)
-            seen = run(_call, parts, n=n, about=about)
+            empty = any(s.start == s.stop for s in shares)
+            stuck = "the ranks do not make the same calls: one whose share is 0 has to bring its zeros, too" * empty
+            seen = run(_call, parts, n=n, about=about, stuck=stuck)
             _inputs_kept(seen, parts, ("b_columns", "c_rows"), about)
             _judge_inner(seen, parts, b @ c, about)
 
@@ -184,6 +191,8 @@ def _judge_inner(seen, parts, a, about):
             raise Wrong(why, ranks, f"shape {tuple(a.shape)}", f"shape {tuple(result.shape)}")
         if isinstance(result, (list, tuple)):
             raise Wrong(f"it returns a {type(result).__name__} of summands: they have to be added up", ranks)
+    if any(call.op == "reduce" for call in seen[0].calls) and [equal(result, a) for result in results].count(True) == 1:
+        raise Wrong("only rank 0 has the sum: every rank has to have it, as all_reduce does", ranks)
     stacked = torch.stack(made)
     sums = [None] * n
     if len({b.shape for b, _ in parts}) == 1:
@@ -214,7 +223,7 @@ def _judge_inner(seen, parts, a, about):
         if "all_reduce" not in ops and "reduce_scatter" not in ops:
             why = "A is right, but the operands were gathered and every rank did the whole product"
             raise Wrong(f"{why}: multiply first, then add up", where)
-        if sum(b for b, op in zip(given, ops, strict=True) if op != "all_gather") != a.nbytes:
+        if ops != ["all_reduce"] or given != [a.nbytes]:
             raise Wrong(f"A is right, but {sum(given)} bytes are handed over in {len(given)} calls", where,
                         f"{a.nbytes} bytes in one all_reduce", ", ".join(ops))  # fmt: skip
 
@@ -255,6 +264,90 @@ class summa_step:
                 _judge_step(seen, parts, step, q, where)
 
         _cases(one, cases)
+        parts = [[values(s, F64, r, 90 + i) for i, s in enumerate(((2, 3), (2, 4), (4, 3)))] for r in range(9)]
+        for step in range(3):
+            where = f"step {step}, q = 3, blocks (2, 3), (2, 4), (4, 3), float64"
+            played = {}
+            for one_rank in run(_play, parts, step, 3, about=where):
+                played |= one_rank.kept
+            _judge_played([played[rank] for rank in range(9)], parts, step, 3, where)
+
+
+class _Done:
+    """What isend and irecv give back where a message is there at once."""
+
+    def wait(self, *_):
+        return True
+
+    is_completed = wait
+
+
+def _play(answer, parts, step, q):
+    """On a rank: be some of q · q ranks in turn. A message brings the sender's block; what is sent is only noted."""
+    seen, first, n = Seen(kept={}), dist.get_rank(), dist.get_world_size()
+    for me in range(first, q * q, n):
+        mine, to, came_from = [part.clone() for part in parts[me]], [], []
+
+        def send(tensor, dst=None, *_, group_dst=None, to=to, **__):
+            to.append((group_dst if dst is None else dst, tensor.clone()))
+            return _Done()
+
+        def receive(tensor, src=None, *_, group_src=None, me=me, came_from=came_from, **__):
+            peer = group_src if src is None else src
+            came_from.append(peer)
+            block = parts[peer][1 if peer // q == me // q else 2] if peer in range(q * q) else tensor.new_empty(0)
+            if block.numel() == tensor.numel():
+                tensor.copy_(block.reshape(tensor.shape))
+            return _Done()
+
+        fakes = dict(send=send, isend=send, recv=receive, irecv=receive, get_world_size=lambda *_: q * q)
+        fakes["get_rank"] = lambda *_, me=me: me
+        fakes["P2POp"] = lambda op, tensor, peer=None, *_, group_peer=None, **__: (
+            op, tensor, group_peer if peer is None else peer)  # fmt: skip
+        fakes["batch_isend_irecv"] = lambda calls: [op(tensor, peer) for op, tensor, peer in calls]
+        own = getattr(answer, "__globals__", {})
+        real = {id(getattr(dist, name)): fake for name, fake in fakes.items()}
+        with ExitStack() as now:
+            now.enter_context(patch.dict(own, {name: real[id(v)] for name, v in own.items() if id(v) in real}))
+            for module in (dist, distributed_c10d):
+                now.enter_context(patch.multiple(module, **fakes))
+            answer(*mine, step, q)
+        seen.kept[me] = mine[0], to, came_from
+    return seen
+
+
+def _judge_played(played, parts, step, q, about):
+    """played: for each rank its block of A, what it sent [(peer, tensor)], and from whom it received."""
+    known = f"it works with q = 2, but not with q = {q}: "
+    for rank, (_, _, came_from) in enumerate(played):
+        owners = sorted({rank // q * q + step, step * q + rank % q} - {rank})
+        shown = f"rank {rank}, {about}", f"from {_named(owners)}", f"from {_named(came_from)}"
+        if strange := [peer for peer in came_from if peer not in owners]:
+            why = (
+                f"rank {rank} receives from {_named(strange)}: b comes from column `step` of the row, c from row `step`"
+            )
+            raise Wrong(f"{known}{why} of the column", *shown)
+        if sorted(came_from) != owners:
+            raise Wrong(f"{known}a block that a rank lacks is not received, or more than once", *shown)
+    for rank, (_, to, _) in enumerate(played):
+        i, j = divmod(rank, q)
+        fair = [(i * q + x, parts[rank][1]) for x in range(q) if j == step and x != j]
+        fair += [(x * q + j, parts[rank][2]) for x in range(q) if i == step and x != i]
+        receivers, asked, where = [peer for peer, _ in to], [peer for peer, _ in fair], f"rank {rank}, {about}"
+        if sorted(receivers) != sorted(asked):
+            why = "each block goes to all q - 1 others of a row or column, from its owner"
+            raise Wrong(known + why, where, f"to {_named(asked)}", f"to {_named(receivers)}")
+        for peer, block in fair:
+            if not any(p == peer and equal(tensor, block) for p, tensor in to):
+                raise Wrong(f"{known}another tensor than the rank's own block goes to rank {peer}", where)
+    own = [part[0] for part in parts]
+    grown = [own[r] + parts[r // q * q + step][1] @ parts[step * q + r % q][2] for r in range(q * q)]
+    mistakes = [(f"{known}`a` is as it was before the call", own)]
+    same([a for a, *_ in played], grown, "a", about, mistakes)
+
+
+def _named(ranks):
+    return plural(sorted(ranks)) if ranks else "nobody"
 
 
 def _judge_step(seen, parts, step, q, about):
@@ -283,6 +376,7 @@ def _judge_step(seen, parts, step, q, about):
         ("all steps at once: one is asked for",
          [a[r] + sum(b[r // q * q + s] @ c[s * q + r % q] for s in range(q)) for r in range(n)]),
         ("the product is subtracted", [2 * x - g for g, x in zip(grown, a, strict=True)]),
+        ("the product is added twice", [2 * g - x for g, x in zip(grown, a, strict=True)]),
     ]  # fmt: skip
     if square:
         mistakes.append(("the product is C @ B: the block of B comes first",
@@ -351,6 +445,22 @@ class split_bytes:
             ("in the grid a rank sends blocks, one n-th of B and of C, not all of them",
              lambda split, m, k, w, n, item: right(split, m, k, w, n, item) if split != "grid" else
              (isqrt(n) - 1) * (m * k + k * w) * item + right("rows", m, k, w, n, item)),
+            ("this is what an all-reduce is given: in a ring each rank sends 2(n - 1)/n times that",
+             lambda split, m, k, w, n, item: m * w * item if split == "inner" else right(split, m, k, w, n, item)),
+            ("in the grid, too, all n ranks bring A together: (n - 1)/n of it, not (q - 1)/q",
+             lambda split, m, k, w, n, item: right(split, m, k, w, n, item) if split != "grid" else
+             right(split, m, k, w, n, item, gather=0.0) + (isqrt(n) - 1) / isqrt(n) * m * w * item),
+            ("in the grid the blocks of C travel, too",
+             lambda split, m, k, w, n, item: right(split, m, k, 0 if split == "grid" else w, n, item) +
+             (split == "grid") * right("rows", m, k, w, n, item)),
+            ("in the grid the blocks of B travel, too",
+             lambda split, m, k, w, n, item: right(split, 0 if split == "grid" else m, k, w, n, item) +
+             (split == "grid") * right("rows", m, k, w, n, item)),
+            ("in the grid a block goes to q - 1 others: one, only where q is 2",
+             lambda split, m, k, w, n, item: right(split, m, k, w, n, item) if split != "grid" else
+             (m * k + k * w) / n * item + right("rows", m, k, w, n, item)),
+            ("in the grid a rank sends its block of B in one of the q steps, its block of C in one: not in all",
+             lambda split, m, k, w, n, item: right(split, m, k, w, n, item, panel=isqrt(n))),
             ("\"rows\" and \"columns\" both gather A: B and C stay where they are",
              lambda split, m, k, w, n, item: (n - 1) / n * m * k * item if split == "rows" else
              (n - 1) / n * k * w * item if split == "columns" else right(split, m, k, w, n, item)),

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from planted import mistake, right
+from torch.distributed import irecv, isend
 
 from pardist_lib.mechanisms import split_conv, split_matmul
 from pardist_lib.mechanisms.autograd_collectives import gather_from_group
@@ -107,6 +108,19 @@ def on_rank_0_only(b, c_columns):
     dist.gather(mine, parts, 0)
     if parts:
         return torch.cat(parts, 1)
+
+
+@mistake("column_split", "only rank 0 has the whole A")
+def gathered_on_rank_0(b, c_columns):
+    mine, zero = b @ c_columns, dist.get_rank() == 0
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())] if zero else None
+    dist.gather(mine, parts, 0)
+    return torch.cat(parts, 1) if zero else mine
+
+
+@mistake("column_split", "3 all_gather bring 192 bytes")
+def row_by_row(b, c_columns):
+    return torch.stack([torch.cat(gathered(row)) for row in b @ c_columns])
 
 
 @mistake("column_split", "it calls the course's own")
@@ -225,6 +239,28 @@ def gathers_equal_operands(b_columns, c_rows):
 def sums_twice(b_columns, c_rows):
     a = b_columns @ c_rows
     dist.all_reduce(a.clone())
+    dist.all_reduce(a)
+    return a
+
+
+@mistake("inner_split", "handed over in 8 calls")
+def row_after_row(b_columns, c_rows):
+    a = b_columns @ c_rows
+    for row in a:
+        dist.all_reduce(row)
+    return a
+
+
+@mistake("inner_split", "only rank 0 has the sum")
+def reduced_in_place(b_columns, c_rows):
+    a = b_columns @ c_rows
+    dist.reduce(a, 0)
+    return a
+
+
+@mistake("inner_split", "one whose share is 0 has to bring its zeros, too")
+def zeros_of_the_usual_dtype(b_columns, c_rows):
+    a = b_columns @ c_rows if b_columns.shape[1] else torch.zeros(len(b_columns), c_rows.shape[1])
     dist.all_reduce(a)
     return a
 
@@ -395,6 +431,52 @@ def sends_to_itself_too(a, b, c, step, q):
     a += b_block @ c_block
 
 
+@mistake("summa_step", "each block goes to all q - 1 others")
+def to_the_other_one(a, b, c, step, q):
+    i, j = divmod(dist.get_rank(), q)
+    b_block, c_block, messages = b.clone(), c.clone(), []
+    if q > 1:
+        messages += [isend(b, i * q + 1 - j) if j == step else irecv(b_block, i * q + step)]
+        messages += [isend(c, (1 - i) * q + j) if i == step else irecv(c_block, step * q + j)]
+    for message in messages:
+        message.wait()
+    a += b_block @ c_block
+
+
+@mistake("summa_step", "b comes from column `step` of the row")
+def by_bits_of_the_rank(a, b, c, step, q):
+    b_block, c_block = b.clone(), c.clone()
+    if q > 1:
+        rank = dist.get_rank()
+        messages = [isend(b, rank ^ 1) if rank % 2 == step else irecv(b_block, rank ^ 1)]
+        messages += [isend(c, rank ^ 2) if rank // 2 == step else irecv(c_block, rank ^ 2)]
+        for message in messages:
+            message.wait()
+    a += b_block @ c_block
+
+
+@mistake("summa_step", "b comes from column `step` of the row")
+def passed_on(a, b, c, step, q):
+    i, j = divmod(dist.get_rank(), q)
+    b_block, c_block = b.clone(), c.clone()
+    right_of, below = (j + 1) % q, (i + 1) % q
+    if j != step:
+        dist.recv(b_block, i * q + (j - 1) % q)
+    if right_of != step:
+        dist.send(b_block, i * q + right_of)
+    if i != step:
+        dist.recv(c_block, (i - 1) % q * q + j)
+    if below != step:
+        dist.send(c_block, below * q + j)
+    a += b_block @ c_block
+
+
+@mistake("summa_step", "added twice")
+def adds_twice(a, b, c, step, q):
+    b_block, c_block = swap(b, c, step, q, *around(q))
+    a += 2 * (b_block @ c_block)
+
+
 @mistake("summa_step", "never waited for")
 def no_wait(a, b, c, step, q):
     i, j, beside, below = around(q)
@@ -419,6 +501,17 @@ def as_one_batch(a, b, c, step, q):
     calls += [dist.P2POp(dist.irecv, b_block, i * q + step)] if j != step else []
     calls += [dist.P2POp(dist.irecv, c_block, step * q + j)] if i != step else []
     for message in dist.batch_isend_irecv(calls) if calls else []:
+        message.wait()
+    a += b_block @ c_block
+
+
+@right("summa_step")
+def with_names_of_their_own(a, b, c, step, q):
+    i, j, beside, below = around(q)
+    b_block, c_block = b.clone(), c.clone()
+    messages = [isend(b, dst=r) for r in beside] if j == step else [irecv(b_block, src=i * q + step)]
+    messages += [isend(c, group_dst=r) for r in below] if i == step else [irecv(c_block, group_src=step * q + j)]
+    for message in messages:
         message.wait()
     a += b_block @ c_block
 
@@ -497,6 +590,37 @@ def whole_operands(split, m, k, w, n, item=4):
 def gathers_operands(split, m, k, w, n, item=4):
     of = {"rows": m * k, "columns": k * w}.get(split)
     return (n - 1) / n * of * item if of else right_bytes(split, m, k, w, n, item)
+
+
+@mistake("split_bytes", "what an all-reduce is given")
+def given_to_the_all_reduce(split, m, k, w, n, item=4):
+    return m * w * item if split == "inner" else right_bytes(split, m, k, w, n, item)
+
+
+@mistake("split_bytes", "(n - 1)/n of it, not (q - 1)/q")
+def gathers_along_a_row(split, m, k, w, n, item=4):
+    q = round(n**0.5)
+    moved = (q - 1) * (m * k + k * w) / n * item + (q - 1) / q * m * w * item
+    return moved if split == "grid" else right_bytes(split, m, k, w, n, item)
+
+
+@mistake("split_bytes", "the blocks of C travel, too")
+def only_b_travels(split, m, k, w, n, item=4):
+    less = (round(n**0.5) - 1) * k * w / n * item if split == "grid" else 0
+    return right_bytes(split, m, k, w, n, item) - less
+
+
+@mistake("split_bytes", "one, only where q is 2")
+def to_one_other(split, m, k, w, n, item=4):
+    once = (m * k + k * w) / n * item + (n - 1) / n * m * w * item
+    return once if split == "grid" else right_bytes(split, m, k, w, n, item)
+
+
+@mistake("split_bytes", "in one of the q steps")
+def in_every_step(split, m, k, w, n, item=4):
+    q = round(n**0.5)
+    more = (q - 1) * (q - 1) * (m * k + k * w) / n * item if split == "grid" else 0
+    return right_bytes(split, m, k, w, n, item) + more
 
 
 @right("split_bytes")
