@@ -136,7 +136,9 @@ def watched(answer, *args, **kwargs):
             code = frame.f_code
             if code.co_filename.startswith(_REFERENCE):
                 seen.reference = seen.reference or _called(frame)
-            elif "object" in code.co_name and code.co_filename.startswith(_TORCH):
+            elif code.co_filename.startswith(_TORCH) and (
+                "object" in code.co_name or code.co_name == "average_parameters"
+            ):
                 seen.torchs = seen.torchs or code.co_name.strip("_")
             elif code.co_filename == _DDP:
                 seen.torchs = "DistributedDataParallel"

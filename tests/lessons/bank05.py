@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from planted import mistake, right
+from torch.distributed.algorithms.model_averaging import utils
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pardist_lib.mechanisms.averaging import LocalSGD, average_parameters
@@ -139,6 +140,66 @@ def once_for_each_layer(model, rows, group=None):
                 p.data.copy_(mean)
 
 
+def put_means(model, share, group=None):
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.requires_grad:
+                mean = p.data * share
+                dist.all_reduce(mean, group=group)
+                setattr(module, name, torch.nn.Parameter(mean))
+
+
+@mistake("average_by_rows", "the model has another fc1.weight now: write into the one that is there")
+def makes_new_parameters(model, rows, group=None):
+    put_means(model, rows / total_of(rows, group), group)
+
+
+@mistake("average_by_rows", "unused.weight is not averaged: no loss has reached it, but it is trainable")
+def averages_what_has_a_gradient(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.data *= rows / total
+            dist.all_reduce(p.data, group=group)
+
+
+@mistake("average_by_rows", "`statistics` has changed, which is a buffer")
+def averages_buffers_too(model, rows, group=None):
+    total = total_of(rows, group)
+    for t in (*(p.data for p in model.parameters() if p.requires_grad), *model.buffers()):
+        t *= rows / total
+        dist.all_reduce(t, group=group)
+
+
+@mistake("average_by_rows", "rows are added up as float16")
+def adds_rows_up_in_16_bits(model, rows, group=None):
+    total = torch.tensor([rows], dtype=torch.float16)
+    dist.all_reduce(total, group=group)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data *= rows / total.item()
+            dist.all_reduce(p.data, group=group)
+
+
+@mistake("average_by_rows", "the share of the rows is a float32 number here")
+def divides_integers(model, rows, group=None):
+    total = torch.tensor(rows)
+    dist.all_reduce(total, group=group)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data *= rows / total
+            dist.all_reduce(p.data, group=group)
+
+
+@mistake("average_by_rows", "it calls torch's own average_parameters")
+def takes_torchs_mean(model, rows, group=None):
+    share, n = rows / total_of(rows, group), dist.get_world_size(group)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.data *= share * n
+    utils.average_parameters(iter(trained), group or dist.group.WORLD)
+
+
 @right("average_by_rows")
 def in_one_vector(model, rows, group=None):
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -187,7 +248,7 @@ def averages_first(model, optimizer, step, k):
 def averages_gradients(model, optimizer, step, k):
     if (step + 1) % k == 0:
         for p in model.parameters():
-            if p.requires_grad:
+            if p.grad is not None:
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
     optimizer.step()
@@ -198,7 +259,7 @@ def gradients_after_the_step(model, optimizer, step, k):
     optimizer.step()
     if (step + 1) % k == 0:
         for p in model.parameters():
-            if p.requires_grad:
+            if p.grad is not None:
                 dist.all_reduce(p.grad)
                 p.grad /= dist.get_world_size()
 
@@ -299,9 +360,59 @@ def by_avg_of_parts(model, optimizer, step, k):
         with torch.no_grad():
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    if p.grad is not None:
+                    if p.requires_grad:
                         p.div_(dist.get_world_size())
                         dist.all_reduce(p)
+
+
+@mistake("local_sgd_step", "only the parameters that have a gradient are averaged")
+def averages_what_was_used(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.data)
+                p.data /= dist.get_world_size()
+
+
+@mistake("local_sgd_step", "only the optimizer's first parameter group is averaged")
+def averages_the_first_group(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        for p in optimizer.param_groups[0]["params"]:
+            if p.requires_grad:
+                dist.all_reduce(p.data)
+                p.data /= dist.get_world_size()
+
+
+@mistake("local_sgd_step", "it calls torch's own average_parameters")
+def takes_torchs(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        utils.average_parameters(iter([p for p in model.parameters() if p.requires_grad]), dist.group.WORLD)
+
+
+@mistake("local_sgd_step", "the optimizer's state is thrown away where the ranks average")
+def forgets_the_momentum(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        take_mean(model)
+        optimizer.state.clear()
+
+
+@mistake("local_sgd_step", "optimizer.step() is not called in the steps that average")
+def averages_or_steps(model, optimizer, step, k):
+    if (step + 1) % k == 0:
+        take_mean(model)
+    else:
+        optimizer.step()
+
+
+@mistake("local_sgd_step", "the model has another fc1.weight now")
+def puts_new_parameters_in(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        put_means(model, 1 / dist.get_world_size())
 
 
 # ---- server_round ---------------------------------------------------------------------------------------------
@@ -485,6 +596,36 @@ def does_not_wait(theta, gradient, lr, server=0):
         dist.isend(theta, worker)
 
 
+@mistake("server_round", "it works where rank 0 serves, but not where rank 2 does")
+def rank_0_serves(theta, gradient, lr, server=0):
+    if dist.get_rank():
+        return work(theta, gradient, 0)
+    total, workers = collect(theta, 0)
+    theta -= lr * total / len(workers)
+    for worker in workers:
+        dist.send(theta, worker)
+
+
+@mistake("server_round", "divided by 3, where there are 2 workers")
+def there_are_three_workers(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, gradient, server)
+    total, workers = collect(theta, server)
+    theta -= lr * total / 3
+    for worker in workers:
+        dist.send(theta, worker)
+
+
+@mistake("server_round", "this is the mean of the workers' parameters after a step of their own")
+def averages_parameters(theta, gradient, lr, server=0):
+    if dist.get_rank() != server:
+        return work(theta, theta - lr * gradient, server)
+    total, workers = collect(theta, server)
+    theta.copy_(total / len(workers))
+    for worker in workers:
+        dist.send(theta, worker)
+
+
 @right("server_round")
 def whoever_comes_first(theta, gradient, lr, server=0):
     if dist.get_rank() != server:
@@ -568,6 +709,11 @@ def looks_at_worker_0(clocks, worker, staleness):
     return staleness is None or clocks[worker] - clocks[0] <= staleness
 
 
+@mistake("may_proceed", "may_proceed([4], 0, 0)")
+def looks_at_the_others(clocks, worker, staleness):
+    return staleness is None or clocks[worker] - min(clocks[:worker] + clocks[worker + 1 :]) <= staleness
+
+
 @right("may_proceed")
 def nobody_is_too_far_behind(clocks, worker, staleness):
     if staleness is None:
@@ -597,6 +743,12 @@ def drops_one_too_many(theta, gradient, computed_at, version, lr, limit):
     if version - computed_at >= limit:
         return version
     theta -= lr / (1 + version - computed_at) * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "is applied as if it were limit versions old: it has to be dropped")
+def clips_the_staleness(theta, gradient, computed_at, version, lr, limit):
+    theta -= lr / (1 + min(version - computed_at, limit)) * gradient
     return version + 1
 
 
