@@ -59,6 +59,8 @@ def invert(messages, model, *, rows=1, match="cosine", smooth=0.0, steps=150, lr
     optimizer = torch.optim.Adam([x] if labels is not None else [x, guess], lr)
     slower = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     side = round(inputs**0.5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors: on busy cores, threads that wait for each other take far longer
     for _ in range(steps):
         found = torch.cat([g.flatten(1) for g in gradient(parameters, x, guess).values()], 1)
         if match == "cosine":
@@ -73,6 +75,7 @@ def invert(messages, model, *, rows=1, match="cosine", smooth=0.0, steps=150, lr
         slower.step()
         with torch.no_grad():
             x.clamp_(low, high)
+    torch.set_num_threads(threads)
     return x.detach()
 
 

@@ -51,7 +51,7 @@ def secure_sum(vectors, clients, threshold=None, *, fraction_bits=16, silent=Non
             flags[c] = MESSAGES.index(silent.get(c, MESSAGES[-1])) > until or c not in silent
         dist.all_reduce(flags, group=group)
         found = [c for c in range(clients) if flags[c]]
-        check_enough(found, range(clients), threshold, f"sent {did}")
+        check_enough(found, range(clients), threshold, f"sent {did}" + " vectors" * (did == "masked"))
         return found
 
     first = there("keys")

@@ -28,7 +28,7 @@ def images(rows, *, title="", note="", low=None, high=None, most=10):
     high = float(first.max()) if high is None else high
     drawn = min(most, max(len(values) for values in rows.values()))
     side = min(0.8, (WIDTH - LEFT - 0.15) / drawn - 0.06)
-    lines = [label.replace("\n", ", ") for label in rows]
+    lines = [label.replace("\n", " ") for label in rows]
     alt = f"{title or 'Images'}: {count(len(rows), 'row')} of up to {drawn} images: {listed(lines)}."
     table = [{"row": line, "images": len(v), "smallest": float(v.min()), "largest": float(v.max())}
              for line, v in zip(lines, rows.values(), strict=True)]  # fmt: skip

@@ -236,7 +236,7 @@ def test_too_many_silent_is_refused_by_name():
 def test_too_many_silent_on_ranks(ranks_of):
     for message in MESSAGES:
         with pytest.raises(
-            RankError, match=rf"ranks 0–3 raised TooFewClients: 4 clients sent {message} \(0, 5, 6, 7\)"
+            RankError, match=rf"ranks 0–3 raised TooFewClients: 4 clients sent {message}.* \(0, 5, 6, 7\)"
         ):
             ranks_of(4).run(on_a_rank, N, D, dict.fromkeys([1, 2, 3, 4], message), quiet=True)
     assert ranks_of(4).run(on_a_rank, N, D, quiet=True)[0][1] == list(range(N))  # and the ranks are as good as new
