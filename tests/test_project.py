@@ -73,14 +73,6 @@ def test_every_lesson_begins_as_the_first_one_does():
     assert "\n    %pip install " in first[0] and set(first) == {first[0]}
 
 
-def test_every_blank_in_a_lesson_is_the_exercises_own():
-    from pardist_lib.lessons import exercises
-
-    cells = {path.name[:2]: [c.source for c in nbformat.read(path, 4).cells] for path in NOTEBOOKS}
-    for name, lesson in exercises.exercises().items():
-        assert any(exercises.blank(name) in source for source in cells[lesson]), name
-
-
 def test_the_map_of_lessons_names_every_notebook():
     assert NOTEBOOKS
     for path in NOTEBOOKS:
