@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from .cases import numbers, values
-from .judge import Wrong, equal, only_calls, same, type_of
+from .judge import Wrong, equal, only_calls, plural, same, type_of
 from .watch import group_of, watched
 
 F32, F64 = torch.float32, torch.float64
@@ -21,6 +21,39 @@ def _untouched(seen, about):
         if one.kept["changed"]:
             why = f"`{one.kept['changed'][0]}` was changed: += and calls ending in _ write into what was given"
             raise Wrong(why, f"rank {rank}, {about}")
+
+
+def _rows(tensor):
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def _there_and_back(seen, answer, tensors, g, **options):
+    """Call the answer again, with tensors that want gradients, and go back with `g`: seen.kept gets what comes out."""
+    leaves = {name: t if t is None else t.clone().requires_grad_() for name, t in tensors.items()}
+    given = [t if t is None else t.clone() for t in leaves.values()]  # autograd lets nobody write into a leaf
+    y = answer(*given, **options)
+    back = watched(lambda: y.backward(g.clone())) if getattr(y, "requires_grad", False) and y.shape == g.shape else None
+    grads = {name: t.grad for name, t in leaves.items() if t is not None}
+    seen.kept |= {"g": g, "grads": grads, "back": back.calls if back else []}
+
+
+def _judge_gradients(seen, labels, expected, mistakes, sent, about):
+    """Raise Wrong where what came back to x, weight and bias is not as `expected`; mistakes: {name: as in `same`}."""
+    for name in expected[0]:
+        got = [seen[r].kept["grads"][name] for r in labels]
+        lost = [r for r, grad, wanted in zip(labels, got, expected, strict=True) if grad is None and wanted[name].any()]
+        if len(lost) == len(labels):
+            raise Wrong(f"the result is right, but `{name}` gets no gradient: detach(), .data or a copy that autograd "
+                        "knows nothing of cuts it off", f"{name}.grad, {about}")  # fmt: skip
+        if lost:
+            why = f"`{name}` gets a gradient on some ranks only: after one step its copies differ; use it on all alike"
+            raise Wrong(f"the result is right, but {why}", f"{plural(lost)}, {name}.grad, {about}")
+        wanted = [e[name] for e in expected]
+        got = [w if grad is None else grad for grad, w in zip(got, wanted, strict=True)]
+        same(got, wanted, f"{name}.grad", about, mistakes.get(name, ()), labels=list(labels))
+    for r in labels:
+        if seen[r].kept["back"]:
+            raise Wrong(sent.format(op=seen[r].kept["back"][0].op), f"rank {r}, {about}")
 
 
 def _changed(before, **now):
@@ -58,6 +91,9 @@ def _column(answer, shape, wide, out, dtype, bias, seed):
 
     seen = watched(counted)
     seen.kept = {"flops": counter.get_total_flops(), "changed": _changed(before, x=x, weight=weight, bias=b)}
+    own = len(_split(weight, dist.get_world_size())[dist.get_rank()])
+    g = values((*shape, own), dtype, 60 + dist.get_rank(), seed)  # each rank comes back with its own features' part
+    _there_and_back(seen, answer, before, g)
     return seen
 
 
@@ -129,6 +165,17 @@ def _judge_column(seen, x, weight, bias, about):
                 "as its part needs: cut the weight before, not the result after", about,
                 f"{fair:,} floating point operations", f"{one.kept['flops']:,}",
             )  # fmt: skip
+    expected = []
+    for rank, one in enumerate(seen):
+        g, place = one.kept["g"], slice(starts[rank], starts[rank] + right[rank])
+        flat = _rows(g)
+        dw, db = torch.zeros_like(weight), weight.new_zeros(out)
+        dw[place], db[place] = flat.T @ _rows(x), flat.sum(0)
+        expected.append({"x": g @ weight[place], "weight": dw} | ({} if bias is None else {"bias": db}))
+    summed = [("this is the sum over the ranks: that is the work of f, which stands before this layer",
+               [sum(e["x"] for e in expected)] * n)]  # fmt: skip
+    sent = "the gradients are right, but backward calls {op}: nothing is sent here"
+    _judge_gradients(seen, range(n), expected, {"x": summed}, sent, about)
 
 
 # ---- row-parallel, forward ------------------------------------------------------------------------------------
@@ -158,6 +205,8 @@ def _row(answer, groups, shape, wide, out, dtype, bias, seed):
     before = {"x": x.clone(), "weight": weight.clone(), "bias": None if b is None else b.clone()}
     seen = watched(answer, x, weight, b, **options)
     seen.kept = {"changed": _changed(before, x=x, weight=weight, bias=b), "x": before["x"], "weight": before["weight"]}
+    g = values((*shape, out), dtype, 60 + members[0], seed)  # the same on every rank of a group, as its loss is
+    _there_and_back(seen, answer, before, g, **options)
     return seen
 
 
@@ -172,6 +221,8 @@ class row_forward:
         "to do with their summands?",
         "dist.all_reduce(y, group=group) replaces y by the sum over the ranks, on every rank.",
         "Whatever is added before the all_reduce is added by every rank. The bias belongs into the result once.",
+        "Backward is g's: a torch.autograd.Function whose forward returns the sum of all ranks' y, and whose backward "
+        "returns the gradient as it came, for every rank has it already.",
     )
 
     @staticmethod
@@ -231,6 +282,26 @@ def _judge_row(seen, groups, bias, about):
                     f"the output is right, but {len(made)} all_reduce of {sum(made):,} bytes are made for an output of "
                     f"{fair:,}", f"rank {rank}, {about}", f"1 of {fair:,} bytes", f"{len(made)} of {sum(made):,} bytes",
                 )  # fmt: skip
+        _judge_row_backward(seen, members, bias, about)
+
+
+def _judge_row_backward(seen, members, bias, about):
+    n, expected, mistakes = len(members), [], {}
+    for rank in members:
+        x, weight, g = (seen[rank].kept[name] for name in ("x", "weight", "g"))
+        grads = {"x": g @ weight, "weight": _rows(g).T @ _rows(x), "bias": _rows(g).sum(0)}
+        expected.append(grads if bias is not None else {k: grads[k] for k in ("x", "weight")})
+    for name in expected[0]:
+        what = [e[name] for e in expected]
+        mistakes[name] = [
+            (f"the output is right, its backward {n} times too large: every rank comes back with the whole gradient, "
+             f"and adding {n} equal ones counts it {n} times", [n * w for w in what]),
+            (f"the output is right, its backward divided by {n}: "
+             + ("a share of the bias from each rank gets a share of its gradient; add it whole, after the sum"
+                if name == "bias" else "the gradient of a sum goes on to each summand whole"), [w / n for w in what]),
+        ]  # fmt: skip
+    sent = "the gradients are right, but backward calls {op}: every rank has the whole gradient already"
+    _judge_gradients(seen, members, expected, mistakes, sent, about)
 
 
 # ---- f: nothing forward, all-reduce backward ------------------------------------------------------------------
@@ -270,18 +341,23 @@ def _forth_and_back(answer, shape, dtype, seed, groups=None, layout="", direct=F
     total = y if not direct else torch.cat([y.flatten(), x.flatten()])
     back = watched(total.backward, torch.cat([g.flatten(), given.flatten()]) if direct else g)
     seen.reference, seen.torchs = seen.reference or back.reference, seen.torchs or back.torchs
-    seen.unwaited, seen.hidden = seen.unwaited + back.unwaited, seen.hidden + back.hidden
-    kept |= {"back": back.calls, "g": given, "intact": torch.equal(g, given)}
+    seen.hidden += back.hidden
+    kept |= {"back": back.calls, "unwaited": back.unwaited, "g": given, "intact": torch.equal(g, given)}
     kept["grad"] = None if x.grad is None else x.grad.clone()
     return seen
 
 
 def _differentiable(seen, about, lost):
     for rank, one in enumerate(seen):
+        if one.kept.get("unwaited"):
+            raise Wrong("backward's async_op=True was never waited for: until wait() returns, the sum is not there",
+                        f"rank {rank}, {about}")  # fmt: skip
         if not one.kept["tensor"]:
             raise Wrong(f"it returns {type_of(one.result)}: a tensor is asked for", f"rank {rank}, {about}")
         if not one.kept["needs"]:
             raise Wrong(f"autograd does not know where the result comes from: {lost}", f"rank {rank}, {about}")
+        if one.kept["grad"] is None:
+            raise Wrong(f"autograd does not come back to x: {lost}", f"rank {rank}, x.grad, {about}")
 
 
 COPY_CASES = [  # ranks, shape, dtype, options, what is new in it
@@ -496,6 +572,10 @@ class order_bytes:
             ("a gather is counted like an all-reduce: it costs half of it", lambda *a: _bytes(*a, gather=2)),
             ("the gathers are left out: what is in parts but needed whole has to be gathered",
              lambda *a: _bytes(*a, gather=0)),
+            ("forward's gathers are counted, backward's are not: what is in parts on the way back is gathered, too",
+             lambda *a: _bytes(*a, back=0) + _bytes(*a, ahead=0, gather=0)),
+            ("backward's gathers are counted, forward's are not: an output in parts is gathered, too",
+             lambda *a: _bytes(*a, ahead=0) + _bytes(*a, back=0, gather=0)),
             ("every order is counted like column, row", lambda order, *a: _bytes("column, row", *a)),
             ("width and hidden are swapped", lambda o, t, w, h, n: _bytes(o, t, h, w, n)),
         ]  # fmt: skip

@@ -11,7 +11,7 @@ def column_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     weight: (out, in) and bias: (out) or None: the whole layer's, the same on every rank. Pick this
     rank's part as torch.tensor_split cuts the output features (10 on 4 ranks: 3, 3, 2, 2).
     Returns (..., own out), and computes only that: the other ranks do the rest.
-    What is given is not changed. Sends: nothing.
+    What is given is not changed. Autograd finds the way back to x, weight and bias. Sends: nothing.
     """
     rank, n = dist.get_rank(), dist.get_world_size()
     y = x @ weight.tensor_split(n)[rank].T
@@ -26,10 +26,23 @@ def row_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     group: the ranks that share the layer; None means all of them.
     Returns (..., out), the same on every rank of the group: what the whole layer gives for the
     whole input. What is given is not changed.
-    Sends: one dist.all_reduce of the output; nothing else.
+    Backward, every rank of the group comes back with the same gradient; x, weight and bias get
+    theirs as in the whole layer.
+    Sends: one dist.all_reduce of the output; nothing backward.
     """
-    y = x @ weight.T
-    dist.all_reduce(y, group=group)
+
+    class ReduceFromGroup(torch.autograd.Function):  # g
+        @staticmethod
+        def forward(ctx, y):
+            total = y.clone()
+            dist.all_reduce(total, group=group)
+            return total
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    y = ReduceFromGroup.apply(x @ weight.T)
     return y if bias is None else y + bias
 
 

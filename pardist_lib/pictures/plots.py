@@ -15,23 +15,23 @@ from .values import array, brief, count, number, per_rank, shape, size
 DIVERGING = LinearSegmentedColormap.from_list("diverging", [palette.BLUE, "#ffffff", palette.VERMILLION])
 
 
-def gradients(before, after=None, *, title="gradient"):
+def gradients(before, after=None, *, title="gradient", names=("before", "after")):
     """One parameter's gradient on every rank, before and after synchronisation, on one symmetric scale.
 
     before, after: one array per rank, all of one shape. Blue is negative, orange positive, white zero, black NaN; a
     few numbers are printed, big gradients averaged to 96 × 96. Beside each row: the largest difference between ranks.
-    Raises ValueError where shapes differ.
+    names: of the two rows. Raises ValueError where shapes differ.
     """
-    moments = {"before": per_rank(before, "gradients, before")}
+    moments = {names[0]: per_rank(before, "gradients, before")}
     if after is not None:
-        moments["after"] = per_rank(after, "gradients, after")
+        moments[names[1]] = per_rank(after, "gradients, after")
     shapes = {None if g is None else g.shape for grads in moments.values() for g in grads}
     if len(shapes) > 1 or None in shapes or len({len(g) for g in moments.values()}) > 1:
         raise ValueError(
             "gradients: every rank needs one gradient, all of one shape, before and after; got "
             + "; ".join(f"{m} {[None if g is None else g.shape for g in gs]}" for m, gs in moments.items())
         )
-    first = moments["before"][0]
+    first = moments[names[0]][0]
     if not first.size:
         raise ValueError("gradients: empty gradients cannot be drawn")
     top = max(float(np.abs(g[np.isfinite(g)]).max(initial=0)) for gs in moments.values() for g in gs) or 1.0
@@ -49,7 +49,8 @@ def gradients(before, after=None, *, title="gradient"):
         for r, g in enumerate(grads)
     ]
     alt = f"{title}, shape {shape(first)}, on {count(len(before), 'rank')}. " + " ".join(
-        f"{m.capitalize()} synchronisation ranks differ by up to {number(d)}." for m, d in apart.items()
+        f"{m.capitalize()}{' synchronisation' * (m in ('before', 'after'))} ranks differ by up to {number(d)}."
+        for m, d in apart.items()
     )
     wide = (WIDTH - 2.4) / len(before)
     tall = min(1.1, max(0.45, wide * 0.75))

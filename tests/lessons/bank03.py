@@ -113,6 +113,27 @@ def the_courses_own_layer(x, weight, bias):
     return ColumnParallelLinear.from_module(layer)(x)
 
 
+@mistake("column_forward", "`weight` gets no gradient")
+def weights_cut_off(x, weight, bias):
+    rank, n = place()
+    return F.linear(x, weight.detach().tensor_split(n)[rank], None if bias is None else bias.tensor_split(n)[rank])
+
+
+@mistake("column_forward", "`x` gets no gradient")
+def computes_without_autograd(x, weight, bias):
+    rank, n = place()
+    with torch.no_grad():
+        y = F.linear(x, weight.tensor_split(n)[rank])
+    return y if bias is None else y + bias.tensor_split(n)[rank]
+
+
+@mistake("column_forward", "that is the work of f")
+def sums_the_gradient_of_x(x, weight, bias):
+    rank, n = place()
+    x = function(lambda x: x.view_as(x), summed)(x)
+    return F.linear(x, weight.tensor_split(n)[rank], None if bias is None else bias.tensor_split(n)[rank])
+
+
 @right("column_forward")
 def by_linear_on_moved_dimensions(x, weight, bias):
     rank, n = place()
@@ -216,18 +237,67 @@ def the_largest(x, weight, bias, group=None):
     return y if bias is None else y + bias
 
 
-@right("row_forward")
+@mistake("row_forward", "`bias` gets a gradient on some ranks only")
 def one_rank_brings_the_bias(x, weight, bias, group=None):
     y = F.linear(x, weight, bias if dist.get_rank(group) == 0 else None)
-    dist.all_reduce(y, group=group)
+    dist.all_reduce(y.data, group=group)
     return y
+
+
+@mistake("row_forward", "gets a share of its gradient")
+def everybody_brings_a_share_of_the_bias(x, weight, bias, group=None):
+    y = F.linear(x, weight) + (0 if bias is None else bias / dist.get_world_size(group))
+    dist.all_reduce(y.data, group=group)
+    return y
+
+
+@mistake("row_forward", "`x` gets no gradient")
+def sums_a_copy(x, weight, bias, group=None):
+    y = (x @ weight.T).detach()
+    dist.all_reduce(y, group=group)
+    return y if bias is None else y + bias
+
+
+@mistake("row_forward", "`weight` gets no gradient")
+def weights_without_autograd(x, weight, bias, group=None):
+    y = g_of(x @ weight.data.T, group)
+    return y if bias is None else y + bias
+
+
+@mistake("row_forward", "its backward 4 times too large")
+def sums_backward_too(x, weight, bias, group=None):
+    y = function(lambda y: summed(y, group), lambda g: summed(g, group))(x @ weight.T)
+    return y if bias is None else y + bias
+
+
+@mistake("row_forward", "goes on to each summand whole")
+def divides_backward(x, weight, bias, group=None):
+    y = function(lambda y: summed(y, group), lambda g: g / dist.get_world_size(group))(x @ weight.T)
+    return y if bias is None else y + bias
+
+
+@mistake("row_forward", "but backward calls all_reduce")
+def averages_equal_gradients(x, weight, bias, group=None):
+    n = dist.get_world_size(group)
+    y = function(lambda y: summed(y, group), lambda g: summed(g, group) / n)(x @ weight.T)
+    return y if bias is None else y + bias
+
+
+def g_of(y, group=None):
+    return function(lambda y: summed(y, group), lambda g: g)(y)
 
 
 @right("row_forward")
-def everybody_brings_a_share_of_the_bias(x, weight, bias, group=None):
-    y = F.linear(x, weight) + (0 if bias is None else bias / dist.get_world_size(group))
-    dist.all_reduce(y, group=group)
-    return y
+def with_g(x, weight, bias, group=None):
+    y = g_of(F.linear(x, weight), group)
+    return y if bias is None else y + bias
+
+
+@right("row_forward")
+def behind_autograds_back(x, weight, bias, group=None):
+    y = x @ weight.T
+    others = summed(y.detach(), group) - y.detach()
+    return y + others if bias is None else y + others + bias
 
 
 # ---- my_copy_to_group -----------------------------------------------------------------------------------------
@@ -320,6 +390,21 @@ def gathers_the_gradients(x, group=None):
         return sum(parts)
 
     return function(lambda x: x.view_as(x), backward)(x)
+
+
+@mistake("my_copy_to_group", "backward's async_op=True was never waited for")
+def does_not_wait(x, group=None):
+    def backward(g):
+        total = g.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group, async_op=True)
+        return total
+
+    return function(lambda x: x.view_as(x), backward)(x)
+
+
+@mistake("my_copy_to_group", "autograd does not come back to x")
+def begins_anew(x, group=None):
+    return function(lambda x: x.view_as(x), lambda g: summed(g, group))(x.detach().requires_grad_())
 
 
 @right("my_copy_to_group")
@@ -472,6 +557,18 @@ def one_for_all(order, tokens, width, hidden, n):
 @mistake("order_bytes", "the gathers are left out")
 def no_gathers(order, tokens, width, hidden, n):
     return (n - 1) / n * halves(order, tokens, width, hidden, gather=0)
+
+
+@mistake("order_bytes", "forward's gathers are counted, backward's are not")
+def gathers_forward_only(order, tokens, width, hidden, n):
+    backward = halves(order, tokens, width, hidden, forward=False, gather=0)
+    return (n - 1) / n * (halves(order, tokens, width, hidden, backward=False) + backward)
+
+
+@mistake("order_bytes", "backward's gathers are counted, forward's are not")
+def gathers_backward_only(order, tokens, width, hidden, n):
+    forward = halves(order, tokens, width, hidden, backward=False, gather=0)
+    return (n - 1) / n * (halves(order, tokens, width, hidden, forward=False) + forward)
 
 
 @mistake("order_bytes", "width and hidden are swapped")
