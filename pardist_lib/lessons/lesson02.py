@@ -11,7 +11,7 @@ from torch.distributed import distributed_c10d
 from pardist_lib.ranks.report import plural
 
 from .cases import F32, F64, I64, numbers, values
-from .judge import Wrong, by_hand, equal, only_calls, peers, same, sent
+from .judge import Wrong, by_hand, equal, only_calls, own_dtype, peers, same, sent
 from .watch import Seen, watched, world
 
 
@@ -35,6 +35,14 @@ def _call(answer, parts, *args):
     seen = watched(answer, *mine, *args)
     seen.kept = mine
     return seen
+
+
+def _call_in_world(answer, parts, *args):
+    """The same; parts for one rank only are given in a world of one."""
+    if len(parts) > 1:
+        return _call(answer, parts, *args)
+    with world(1) as inside:
+        return _call(answer, parts, *args) if inside else Seen()
 
 
 def _inputs_kept(seen, parts, names, about):
@@ -258,7 +266,7 @@ class summa_step:
             ]
             for step in range(q):
                 where = f"step {step}, q = {q}, blocks {(m, w)}, {(m, k)}, {(k, w)}, {str(dtype)[6:]}"
-                seen = run(_call, parts, step, q, n=n, about=where)
+                seen = run(_call_in_world, parts, step, q, n=max(n, 2), about=where)[:n]
                 by_hand(seen)
                 _inputs_kept(seen, parts, ("", "b", "c"), where)
                 _judge_step(seen, parts, step, q, where)
@@ -504,7 +512,7 @@ class halo_exchange:
             whole = values((batch, channels, sum(heights), width), dtype, 0, seed)
             parts = [(part.contiguous(),) for part in whole.split(heights, 2)]
             try:
-                seen = run(_with_neighbours, parts, halo, n=max(n, 2), about=about)[:n]
+                seen = run(_call_in_world, parts, halo, n=max(n, 2), about=about)[:n]
                 by_hand(seen)
                 _inputs_kept(seen, parts, ("rows",), about)
                 _judge_halo(seen, whole, heights, halo, about)
@@ -513,13 +521,6 @@ class halo_exchange:
                     wrong.diagnosis = f"{fresh[0]}: {wrong.diagnosis}"
                 raise
             known |= kinds.keys()
-
-
-def _with_neighbours(answer, parts, halo):
-    if len(parts) > 1:
-        return _call(answer, parts, halo)
-    with world(1) as inside:  # one rank has no neighbours
-        return _call(answer, parts, halo) if inside else Seen()
 
 
 def _judge_halo(seen, whole, heights, halo, about):
@@ -548,6 +549,8 @@ def _judge_halo(seen, whole, heights, halo, about):
         ("the halo is zero: it was never received", joined(lambda r: nothing, lambda r: nothing)),
         ("only the halo above arrived", joined(up, lambda r: nothing)),
         ("only the halo below arrived", joined(lambda r: nothing, down)),
+        ("each rank exchanges with one neighbour only: those in the middle have two",
+         joined(lambda r: up(r) if r % 2 else nothing, lambda r: nothing if r % 2 else down(r))),
         ("the halo's rows are upside down", joined(lambda r: up(r).flip(2), lambda r: down(r).flip(2))),
     ]  # fmt: skip
     same(results, expected, "the result", about, mistakes)
@@ -555,6 +558,8 @@ def _judge_halo(seen, whole, heights, halo, about):
     for rank, made in enumerate(sent(seen)):
         sides = (rank > 0) + (rank < n - 1)
         if made != (fair := sides * halo * row):
+            if sum(call.op == "send" for call in seen[rank].calls) == sides:
+                own_dtype(seen, whole.dtype, about)
             all_of_it = made >= sides * heights[rank] * row > fair
             more = ": all its rows are sent, `halo` of them are enough" if all_of_it else ""
             why = f"the result is right, but rank {rank} sends {made} bytes{more}"

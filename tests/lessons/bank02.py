@@ -506,6 +506,13 @@ def as_one_batch(a, b, c, step, q):
 
 
 @right("summa_step")
+def with_the_worlds_root(a, b, c, step, q):
+    assert dist.get_world_size() == q * q
+    b_block, c_block = swap(b, c, step, q, *around(round(dist.get_world_size() ** 0.5)))
+    a += b_block @ c_block
+
+
+@right("summa_step")
 def with_names_of_their_own(a, b, c, step, q):
     i, j, beside, below = around(q)
     b_block, c_block = b.clone(), c.clone()
@@ -714,6 +721,39 @@ def one_row(rows, halo):
 def counts_from_the_end(rows, halo):
     above, below = empty_halo(rows, halo)
     meet(rows, halo, above, below, rows[:, :, :halo], rows[:, :, -halo:])
+    return torch.cat([above, rows, below], 2)
+
+
+@mistake("halo_exchange", "the message is float64, the tensor float32")
+def in_double(rows, halo):
+    shape = (*rows.shape[:2], halo, rows.shape[3])
+    rank, n, above, below = (
+        dist.get_rank(),
+        dist.get_world_size(),
+        torch.zeros(shape).double(),
+        torch.zeros(shape).double(),
+    )
+    messages = []
+    for peer, sent, received in (
+        (rank - 1, rows[:, :, :halo], above),
+        (rank + 1, rows[:, :, rows.shape[2] - halo :], below),
+    ):
+        if halo and 0 <= peer < n:
+            messages += [isend(sent.double().contiguous(), peer), irecv(received, peer)]
+    for message in messages:
+        message.wait()
+    return torch.cat([above.to(rows.dtype), rows, below.to(rows.dtype)], 2)
+
+
+@mistake("halo_exchange", "with one neighbour only")
+def in_pairs(rows, halo):
+    above, below = (rows.new_zeros(*rows.shape[:2], halo, rows.shape[3]) for _ in range(2))
+    rank, other = dist.get_rank(), dist.get_rank() ^ 1
+    if halo and other < dist.get_world_size():
+        mine = rows[:, :, :halo] if rank % 2 else rows[:, :, -halo:]
+        message = isend(mine.contiguous(), other)
+        dist.recv(above if rank % 2 else below, other)
+        message.wait()
     return torch.cat([above, rows, below], 2)
 
 
