@@ -195,6 +195,8 @@ def test_gradients_say_how_far_ranks_are_apart():
     assert "After synchronisation ranks differ by up to 0." in picture.alt
     rows = picture.table().rows
     assert len(rows) == 6 and rows[1]["norm"] == pytest.approx(1.25**0.5) and rows[1]["values"] == "[0.5 -1]"
+    named = pictures.gradients([[0.0], [2.0]], [[1.0], [1.0]], names=("without f", "with f"))
+    assert "Without f ranks differ by up to 2. With f ranks differ by up to 0." in named.alt
 
 
 def test_gradients_with_nan_are_drawn():
