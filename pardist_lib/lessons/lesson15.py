@@ -453,6 +453,8 @@ class clip_and_add:
              [clipped(g, c, lambda g: g.abs().sum(1, keepdim=True)) for g, c in inputs]),
             ("divided by the squared length: the root is missing",
              [clipped(g, c, lambda g: g.square().sum(1, keepdim=True)) for g, c in inputs]),
+            ("1e-6 was added to the length: max(length, something tiny) keeps the zero away and changes nothing else",
+             [(g * (c / (g.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1)).sum(0) for g, c in inputs]),
             ("rows longer than clip are left out: they are to be shortened",
              [(g * (g.norm(dim=1, keepdim=True) <= c)).sum(0) for g, c in inputs]),
             ("the lengths are taken over the columns: dim=1 runs along a row",

@@ -458,6 +458,12 @@ def no_root(gradients, clip):
     return (gradients * (clip / norms).clamp(max=1)).sum(0)
 
 
+@mistake("clip_and_add", "1e-6 was added to the length")
+def adds_a_little(gradients, clip):
+    norms = gradients.norm(dim=1, keepdim=True) + 1e-6
+    return (gradients * (clip / norms).clamp(max=1)).sum(0)
+
+
 @mistake("clip_and_add", "rows longer than clip are left out")
 def throws_away(gradients, clip):
     return gradients[gradients.norm(dim=1) <= clip].sum(0)
