@@ -126,7 +126,8 @@ class LocalSGD:
                         and with lr=1 it would end at the mean itself. Costs S of memory, and its state; nothing is
                         sent for it, as every rank computes the same.
 
-    Sends in `every` steps what one average sends: S bytes to all_reduce. Raises ValueError for every < 1.
+    Sends in `every` steps what one average sends: S bytes to all_reduce. Raises ValueError for every < 1, and for an
+    optimizer of other parameters.
     """
 
     def __init__(self, module, optimizer, every, weights=None, group=None, *, average_state=False, outer=None):
@@ -138,6 +139,10 @@ class LocalSGD:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("this module has no parameter that requires a gradient: there is nothing to train")
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if strangers := held - {id(p) for p in module.parameters()}:
+            raise ValueError(f"{len(strangers)} of the optimizer's {len(held)} parameters are not the module's: make "
+                             "it of module.parameters()")  # fmt: skip
         first = dist.get_process_group_ranks(group or dist.group.WORLD)[0]
         for t in itertools.chain(module.parameters(), module.buffers()):
             dist.broadcast(t.detach(), first, group=group)

@@ -266,6 +266,7 @@ def test_bad_input_is_named(ranks_of):
     fails(ranks, "all weights are 0", lambda r: average_parameters(Net(0), [0, 0, 0, 0]))
     fails(ranks, "1 or more, or None, not 0", lambda r: LocalSGD(Net(0), None, 0))
     fails(ranks, "nothing to train", lambda r: LocalSGD(Net(0).requires_grad_(False), None, 1))
+    fails(ranks, "parameters are not the module's", lambda r: LocalSGD(Net(0), torch.optim.SGD(Net(1).parameters()), 1))
 
     def some_have_stepped(rank):
         net = Net(0)
