@@ -129,6 +129,8 @@ def _judge_heads(heads, kv, n, rank, got, by_remainder):
             why = "the key-value heads are counted like query heads, but several query heads share one"
         elif kv < n and (len(got[1]) == 0 or list(got[1]) == list(share)):
             why = f"{kv} key-value heads for {n} ranks: several ranks need the same one, so they cannot be shared out"
+        elif list(got[1]) == list(wanted[1])[:-1] and (queries[-1] + 1) % group:
+            why = f"key-value head {wanted[1][-1]} is used on two ranks: query head {queries[-1]} uses it, too"
         elif list(got[1]) == list(range(wanted[1][0], wanted[1][-1])):
             why = "the last key-value head is missing: the stop of a range is not part of it"
         else:
@@ -160,7 +162,8 @@ class split_embedding:
             (4, 8, (9,), F32), (4, 10, (20,), F32), (4, 10, (3, 7), F32), (3, 7, (12,), F64), (2, 5, (2, 2, 3), F64),
         ]:  # fmt: skip
             notable = {
-                f"it works where {n} divides the vocabulary, but not for {vocabulary} words": vocabulary % n,
+                f"it works where {n} divides the vocabulary, but not for {vocabulary} words": vocabulary % n
+                and not any("divides the vocabulary" in text for text in known),
                 "it works only for tokens with one dimension": len(shape) > 1,
                 f"it works with 4 ranks, but not with {n} (is a 4 written into it?)": n != 4,
             }
@@ -302,7 +305,8 @@ class split_cross_entropy:
             (4, 8, 6, F64, 1), (4, 10, 12, F64, 1), (4, 10, 12, F32, 1000), (3, 7, 9, F64, 1), (2, 5, 5, F32, 30),
         ]:  # fmt: skip
             notable = {
-                f"it works where {n} divides the vocabulary, but not for {vocabulary} words": vocabulary % n,
+                f"it works where {n} divides the vocabulary, but not for {vocabulary} words": vocabulary % n
+                and not any("divides the vocabulary" in text for text in known),
                 "it works for small logits, but not for logits in the thousands": scale == 1000,
                 f"it works with 4 ranks, but not with {n} (is a 4 written into it?)": n != 4,
             }
@@ -361,6 +365,8 @@ def _judge_cross(seen, vocabulary, tokens, dtype, scale, about):
          [(whole - greatest - ((target >= a) & (target < b)) * (wanted - greatest)).mean() for a, b in parts]),
         ("ranks that do not own the target add a logit, too (at the edge of their shard): they have to add 0",
          [(whole - greatest - (edge - n * greatest)).mean()] * n),
+        ("a rank's first word is left out: it owns the words from first on, so >=, not >",
+         [(whole - greatest - sum(target != a for a, _ in parts).eq(n) * (wanted - greatest)).mean()] * n),
         ("the sign is the wrong way round: -log, not log, of the probability", [-each] * n),
         ("log2 instead of the natural logarithm", [each / torch.tensor(2.0).double().log()] * n),
         (f"the sum over the {n} ranks of a loss that every rank has whole", [each * n] * n),
@@ -373,6 +379,10 @@ def _judge_cross(seen, vocabulary, tokens, dtype, scale, about):
             losses[rank] = losses[rank].reshape(())
             if not losses[rank].isfinite():
                 why = "exp of a large logit is infinite: take the greatest of the row off first"
+                if losses[rank] == -torch.inf:
+                    why = (
+                        "the sum of exp is 0: what was taken off is no logit of this row; each row has its own greatest"
+                    )
                 if not losses[rank].isnan() and scale < 100:
                     why = "the loss is infinite"
                 raise Wrong(why, f"rank {rank}, {about}", f"{each:.6g}", f"{losses[rank]}")
@@ -390,6 +400,11 @@ def _judge_cross(seen, vocabulary, tokens, dtype, scale, about):
         g[rows, (target - a).clamp(0, b - a - 1)] -= 1
         return g / tokens
 
+    def without_the_first(a, b):
+        g = softmax[:, a:b] - one[:, a:b]
+        g[target == a, 0] += 1
+        return g / tokens
+
     def in_column_0(a, b):
         g, inside = softmax[:, a:b].clone(), (target >= a) & (target < b)
         g[rows, (target - a) * inside] -= 1
@@ -399,6 +414,8 @@ def _judge_cross(seen, vocabulary, tokens, dtype, scale, about):
         ("the gradient is that of the summed loss: the mean divides it by the number of tokens",
          [g * tokens for g in right]),
         ("only softmax: the gradient has 1 less at the target", [softmax[:, a:b] / tokens for a, b in parts]),
+        ("a rank's first word is left out: it owns the words from first on, so >=, not >",
+         [without_the_first(a, b) for a, b in parts]),
         ("softmax goes over this rank's words only: divide by the sum over all ranks",
          [(part.softmax(1) - one[:, a:b]) / tokens for part, (a, b) in zip(local, parts, strict=True)]),
         ("every rank subtracts 1, also where another one owns the target", [at_the_edge(a, b) for a, b in parts]),
@@ -457,7 +474,9 @@ class sequence_parallel_mlp:
 def _mlp_case(n, each, width, hidden, dtype):
     """Whole (x, up, down, grad)."""
     shapes = (n * each, width), (n * hidden, width), (width, n * hidden), (n * each, width)
-    return [_random(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    x, *others = [_random(shape, dtype, seed) for seed, shape in enumerate(shapes)]
+    x[-1] = 0  # padding, say: relu's input is exactly 0 there
+    return [x, *others]
 
 
 def _mlp(answer, each, width, hidden, dtype):
@@ -475,7 +494,7 @@ def _judge_mlp(seen, each, width, hidden, dtype, about):
     n = len(seen)
     x, up, down, grad = _mlp_case(n, each, width, hidden, dtype)
     ups, downs, xs, grads = up.chunk(n), down.chunk(n, 1), x.chunk(n), grad.chunk(n)
-    _only_halves(seen, n, about)
+    _only_halves(seen, up.numel() // n * up.element_size())
     names = ("y", "gradient of x", "gradient of up", "gradient of down")
     got_y, got_x, got_up, got_down = _results(seen, 4, names, ("x", "up", "down", "grad"), about)
 
@@ -501,6 +520,10 @@ def _judge_mlp(seen, each, width, hidden, dtype, about):
          [b.chunk(n)[r] for r, b in enumerate(back)]),
         ("the relu's part is missing: the gradient is zero where hidden is",
          list(sum(grad @ d @ u for d, u in zip(downs, ups, strict=True)).chunk(n))),
+        ("where relu's input is 0 its gradient is 0: hidden > 0, not hidden >= 0",
+         list(sum(((grad @ d) * (x @ u.T >= 0)) @ u for d, u in zip(downs, ups, strict=True)).chunk(n))),
+        ("relu of the gradient: it has to be zero where hidden is, whatever its own sign",
+         list(sum((grad @ d).relu() @ u for d, u in zip(downs, ups, strict=True)).chunk(n))),
         (f"divided by {n}: the ranks' parts are added, not averaged", list((sum(back) / n).chunk(n))),
     ]  # fmt: skip
     same(got_x, list(sum(back).chunk(n)), "the gradient of x", about, mistakes)
@@ -510,6 +533,7 @@ def _judge_mlp(seen, each, width, hidden, dtype, about):
         ("it counts this rank's positions only: each weight has worked on all positions",
          [gh[r].chunk(n)[r].T @ xs[r] for r in range(n)]),
         ("the gradients of up are added up over the ranks: each rank has other rows of up", [sum(right_up)] * n),
+        (f"divided by {n}: each rank has the whole gradient of its own weights", [g / n for g in right_up]),
         ("the relu's part is missing: the gradient is zero where hidden is",
          [(grad @ d).T @ x for d in downs]),
     ]  # fmt: skip
@@ -520,6 +544,7 @@ def _judge_mlp(seen, each, width, hidden, dtype, about):
          [grads[r].T @ h[r].chunk(n)[r] for r in range(n)]),
         ("the gradients of down are added up over the ranks: each rank has other columns of down",
          [sum(right_down)] * n),
+        (f"divided by {n}: each rank has the whole gradient of its own weights", [g / n for g in right_down]),
         ("hidden before the relu: down was multiplied by what is left after it",
          [grad.T @ (x @ u.T) for u in ups]),
     ]  # fmt: skip
@@ -530,9 +555,13 @@ def _judge_mlp(seen, each, width, hidden, dtype, about):
 _GATHER, _SCATTER = ("all_gather", "all_gather_into_tensor"), ("reduce_scatter", "reduce_scatter_tensor")
 
 
-def _only_halves(seen, n, about):
+def _only_halves(seen, weights):
+    """weights: bytes of a rank's part of up."""
+    reduced = {call.bytes for one in seen for call in one.calls if call.op == "all_reduce"}
     only_calls(seen, (*_GATHER, *_SCATTER, "send", "recv"), {
-        "all_reduce": "it calls all_reduce: each rank needs only its positions of the sum, reduce_scatter sends half",
+        "all_reduce": "it calls all_reduce for a weight's gradient: that is whole already, and no other rank needs it"
+        if reduced == {weights} else
+        "it calls all_reduce: each rank needs only its positions of the sum, reduce_scatter sends half",
         "broadcast": "it calls broadcast: all_gather brings every rank's part to all in one call",
         "": "it calls {op}: all_gather and reduce_scatter are all that is needed",
     })  # fmt: skip

@@ -88,7 +88,7 @@ def sequence_parallel_mlp(
     x: (this rank's positions, width). up: (this rank's hidden features, width). down: (width, this rank's hidden
     features). grad: (this rank's positions, width), the gradient of this rank's y.
     Returns (y, gradient of x, gradient of up, gradient of down): y is (this rank's positions, width), the gradients
-    have the shapes of what they belong to. Nothing that was given is changed.
+    have the shapes of what they belong to; relu's is 0 where its input is 0. Nothing that was given is changed.
     Sends: as many bytes as two all-reduces of X, but no all_reduce: dist.all_gather and dist.reduce_scatter (or
     those of whole tensors, all_gather_into_tensor and reduce_scatter_tensor), each once forward and once backward.
     """

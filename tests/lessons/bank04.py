@@ -93,6 +93,16 @@ def how_many(num_heads, num_kv_heads, rank, world_size):
     return num_heads // world_size, num_kv_heads // world_size
 
 
+@mistake("heads_of_rank", "key-value head 1 is used on two ranks")
+def kv_heads_divided(num_heads, num_kv_heads, rank, world_size):
+    """As many libraries do it, and right as long as no group of query heads lies on two ranks."""
+    if num_heads % world_size:
+        raise ValueError
+    q, kv = num_heads // world_size, max(1, num_kv_heads // world_size)
+    first = rank * num_kv_heads // world_size
+    return range(rank * q, (rank + 1) * q), range(first, first + kv)
+
+
 @right("heads_of_rank")
 def by_their_kv_heads(num_heads, num_kv_heads, rank, world_size):
     each, rest = divmod(num_heads, world_size)
@@ -243,6 +253,12 @@ def by_autograd(tokens, rows, vocabulary, grad):
     result = part.detach()
     dist.all_reduce(result)
     return result, leaf.grad
+
+
+@mistake("split_embedding", "it works with 4 ranks, but not with 3 (is a 4 written into it?)")
+def for_four_ranks(tokens, rows, vocabulary, grad):
+    words = torch.arange(vocabulary).tensor_split(4)[dist.get_rank()]
+    return embedding(tokens, rows, int(words[0]), int(words[-1]) + 1, grad)
 
 
 @right("split_embedding")
@@ -408,6 +424,27 @@ def in_place(logits, target, vocabulary):
     return finished(total.log(), wanted, logits.exp() / total[:, None], mine, local)
 
 
+@mistake("split_cross_entropy", "each row has its own greatest")
+def one_greatest_for_all_rows(logits, target, vocabulary):
+    top = logits.max()
+    dist.all_reduce(top, dist.ReduceOp.MAX)
+    return finished(*cross(logits - top, target, vocabulary, greatest=None))
+
+
+@mistake("split_cross_entropy", "a rank's first word is left out: it owns the words from first on, so >=, not >")
+def first_word_gets_no_minus_one(logits, target, vocabulary):
+    log_total, wanted, softmax, mine, local = cross(logits, target, vocabulary)
+    return (log_total - wanted).mean(), minus_one(softmax, mine & (local > 0), local)
+
+
+@mistake("split_cross_entropy", "so >=, not >")
+def first_words_logit_lost(logits, target, vocabulary):
+    log_total, wanted, softmax, mine, local = cross(logits, target, vocabulary, sum_wanted=False)
+    wanted = wanted * (local > 0)
+    dist.all_reduce(wanted)
+    return (log_total - wanted).mean(), minus_one(softmax, mine, local)
+
+
 @right("split_cross_entropy")
 def two_numbers_in_one_call(logits, target, vocabulary):
     first, end = edges(vocabulary)
@@ -537,7 +574,25 @@ def gathers_x_twice(x, up, down, grad):
     return y, scatter(grad_hidden @ up), grad_hidden.T @ whole_x, whole_grad.T @ hidden
 
 
-@mistake("sequence_parallel_mlp", "it calls all_reduce")
+@mistake("sequence_parallel_mlp", "hidden > 0, not hidden >= 0")
+def zero_is_positive(x, up, down, grad):
+    y, _, grad_up, grad_down = mlp(x, up, down, grad)
+    return y, scatter(((gather(grad) @ down) * (gather(x) @ up.T >= 0)) @ up), grad_up, grad_down
+
+
+@mistake("sequence_parallel_mlp", "relu of the gradient")
+def relu_of_the_gradient(x, up, down, grad):
+    y, _, grad_up, grad_down = mlp(x, up, down, grad)
+    return y, scatter((gather(grad) @ down).relu() @ up), grad_up, grad_down
+
+
+@mistake("sequence_parallel_mlp", "each rank has the whole gradient of its own weights")
+def weights_divided(x, up, down, grad):
+    y, grad_x, grad_up, grad_down = mlp(x, up, down, grad)
+    return y, grad_x, grad_up / dist.get_world_size(), grad_down / dist.get_world_size()
+
+
+@mistake("sequence_parallel_mlp", "it calls all_reduce for a weight's gradient")
 def sums_the_weights_gradients(x, up, down, grad):
     y, grad_x, grad_up, grad_down = mlp(x, up, down, grad)
     dist.all_reduce(grad_up)
