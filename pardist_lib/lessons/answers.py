@@ -172,7 +172,7 @@ def text_of(answer, name):
         text = text.lstrip("\n") + (f"\n{name} = {written}\n" if written != name else "")
         compile(text, "<answer>", "exec")
         return text
-    except (OSError, TypeError, ValueError, SyntaxError, AttributeError):
+    except (OSError, TypeError, ValueError, SyntaxError, AttributeError, RecursionError):
         return None
 
 
@@ -190,6 +190,7 @@ def _gather(fn, name, parts):
     used = inspect.getclosurevars(fn)
     scope = fn.__globals__ | used.nonlocals
     words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    words -= {*fn.__code__.co_varnames, *fn.__code__.co_cellvars}  # its own, whatever the notebook calls so, too
     parts["functions"][written] = None  # its place: a recursive function comes once
     for word in sorted(words & scope.keys() - {written}):
         if word not in parts["functions"] and word not in parts["constants"]:

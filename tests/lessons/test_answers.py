@@ -150,6 +150,14 @@ def outer(k):
     return nested
 
 nested = outer(5)
+
+
+def mine(x):
+    other = x + 1
+    return other
+
+
+other = mine
 '''
 
 
@@ -180,6 +188,7 @@ def test_lambdas_and_closures(cell):
     assert run_alone(answers.text_of(cell["short"], "task"), "task")(2) == 6
     assert answers.text_of(cell["pair"][0], "task") is None  # which of the two?
     assert run_alone(answers.text_of(cell["nested"], "task"), "task")(2) == 10
+    assert run_alone(answers.text_of(cell["other"], "task"), "task")(2) == 3  # its own `other` is not the notebook's
 
 
 def test_what_cannot_be_saved_is_said_in_the_file(cell):
