@@ -1,6 +1,7 @@
 """The exercises of lesson 06: hints, and how an answer is checked."""
 
 import random
+import sys
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,12 @@ from .watch import Other, _sequence, group_of, watched
 def _group(in_pairs):
     groups = [group_of([0, 2]), group_of([1, 3])] if in_pairs else []
     return {"group": groups[dist.get_rank() % 2]} if in_pairs else {}
+
+
+def _in_their_group(members, mine, about):
+    for rank, one in zip(members, mine, strict=True):
+        if strange := [call.op for call in one.calls if call.group and set(call.group) != set(members)]:
+            raise Wrong(f"{strange[0]} goes over all ranks: `group` is missing from it", f"rank {rank}, {about}")
 
 
 # ---- equal starts ---------------------------------------------------------------------------------------------
@@ -106,6 +113,8 @@ def _judge_start(mine, ranks, about):
             why = "mask is a buffer that state_dict() leaves out (persistent=False): buffers() has it"
         elif stale == buffers:
             why = "the buffers are left out: the running statistics of a BatchNorm are state, too"
+        elif set(stale) <= set(buffers):
+            why = f"{stale[0]} is a buffer and left out: all of model.buffers() are state, the whole numbers, too"
         elif set(stale) <= {"frozen.weight", "frozen.bias", *buffers}:
             why = f"{stale[0]} is left out: a frozen parameter does not change, but it has to be equal as well"
         else:
@@ -141,12 +150,12 @@ class average_in_hooks:
     def check(run):
         cases = [
             (4, F64, False, False, False), (4, F32, True, False, False), (4, F64, True, True, False),
-            (3, F64, True, False, False), (4, F64, True, False, True),
+            (3, F64, True, False, False), (4, F64, True, False, True), (4, F64, True, False, False, True),
         ]  # fmt: skip
-        for n, dtype, same_weights, in_pairs, second in cases:
+        for n, dtype, same_weights, in_pairs, second, *placed in cases:
             about = "two groups of 2 ranks" if in_pairs else f"{n} ranks"
-            about += ", the second backward" if second else ""
-            seen = run(_hooked, dtype, same_weights, in_pairs, second, n=n, about=about)
+            about += ", the second backward" if second else ", a parameter added to a layer's result" if placed else ""
+            seen = run(_hooked, dtype, same_weights, in_pairs, second, *placed, n=n, about=about)
             try:
                 _judge_average(seen, PAIRS if in_pairs else [list(range(n))], about)
             except Wrong as wrong:
@@ -154,6 +163,11 @@ class average_in_hooks:
                     wrong.diagnosis = f"a hook is given the parameter p, not its gradient p.grad: {wrong.diagnosis}"
                 elif wrong.diagnosis.startswith("only extra.bias is averaged"):
                     wrong.diagnosis += ". Does the hook use the loop's variable, which is the last parameter by then?"
+                elif placed:
+                    wrong.diagnosis = (
+                        "register_hook is given a gradient on its way: the layers below are computed from the same "
+                        f"tensor, so average a copy of it ({wrong.diagnosis})"
+                    )
                 raise
             for rank, one in enumerate(seen):
                 if one.kept["early"]:
@@ -168,10 +182,20 @@ class average_in_hooks:
                     )
 
 
-def _hooked(answer, dtype, same_weights, in_pairs, second):
-    rank, kept = dist.get_rank(), {}
-    model = Sample(1 if same_weights else 1 + rank, dtype)
-    twin = Sample(1 if same_weights else 1 + rank, dtype)
+class Placed(Sample):
+    """Sample with a parameter added to what a layer gives: backward hands one tensor to both."""
+
+    def __init__(self, seed, dtype):
+        super().__init__(seed, dtype)
+        self.place = torch.nn.Parameter(values((3, 8), dtype, seed, 5))
+
+    def forward(self, x):
+        return self.extra(torch.tanh(self.fc2(torch.tanh(self.fc1(x)) + self.place)))
+
+
+def _hooked(answer, dtype, same_weights, in_pairs, second, placed=False):
+    rank, kept, kind = dist.get_rank(), {}, Placed if placed else Sample
+    model, twin = (kind(1 if same_weights else 1 + rank, dtype) for _ in range(2))
     _loss(twin, _rows(1 + second, rank, dtype)).backward()
     before, weights = _gradients(twin), {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -261,6 +285,7 @@ def _reduced(answer, sizes, orders, dtype, in_pairs):
 def _judge_buckets(mine, members, sizes, orders, dtype, about):
     n = len(members)
     only_calls(mine, ("all_reduce",), {"": "it calls {op}: one all_reduce of each bucket is all that is needed"})
+    _in_their_group(members, mine, about)
     inputs = [[values((size,), dtype, rank, number) for rank in members] for number, size in enumerate(sizes)]
     for number, own in enumerate(inputs):
         total = sum(own)
@@ -268,6 +293,7 @@ def _judge_buckets(mine, members, sizes, orders, dtype, about):
             (f"the sum was not divided by {n}, the number of ranks", [total] * n),
             (f"bucket {number} was never reduced: one arrival may set free several buckets, so start while there is a "
              "next one", own),
+            (f"divided by the number of all ranks, 4, where the group has {n}", [total / 4] * n),
         ]  # fmt: skip
         if len(set(sizes)) == 1:
             place = [order.index(number) for order in orders]  # when this bucket arrived on each rank
@@ -342,6 +368,7 @@ def _micro_gradient(seed, rank, dtype):
 def _judge_accumulated(mine, members, k, dtype, seen, about):
     n = len(members)
     only_calls(mine, ("all_reduce",), OTHER_CALLS)
+    _in_their_group(members, mine, about)
     parts = [[_micro_gradient(10 + i, rank, dtype) for i in range(k)] for rank in members]
     old = [_micro_gradient(99, rank, dtype) for rank in members]
     means = {}
@@ -365,6 +392,7 @@ def _judge_accumulated(mine, members, k, dtype, seen, about):
             ("only the last micro-batch is in it, and divided once too often", last / k),
             ("the old gradient is still in it: zero_grad() first", mean + sum(stale) / n),
             ("the old gradient is still in it: zero_grad() first", mean * k + sum(stale) / n),
+            (f"divided by the number of all ranks, {len(seen)}, where the group has {n}", mean * n / len(seen)),
             ("the ranks' gradients are not exchanged", [s / k for s in sums]),
             ("the ranks' gradients are not exchanged, and not divided", sums),
         ]  # fmt: skip
@@ -408,7 +436,7 @@ class sample_indices:
         seen = run(_sampled, cases)
         if calls := [call for one in seen for call in one.calls]:
             raise Wrong(f"it calls {calls[0].op}: every rank can work out its part without asking")
-        dealt, touched = seen[0].kept
+        dealt, touched, _ = seen[0].kept
         for case, (lists, again) in zip(cases, dealt, strict=True):
             _judge_samples(*case, lists, again)
         for rank, one in enumerate(seen):
@@ -423,23 +451,53 @@ class sample_indices:
         if set(orders[40, 2, 0, 0][0]) == set(orders[40, 2, 1, 0][0]) == set(orders[40, 2, 2, 0][0]):
             raise Wrong("a rank has the same samples in every epoch, only in another order: shuffle, then deal out",
                         "rank 0, 40 samples on 2 ranks")  # fmt: skip
+        first, second = orders[40, 2, 0, 0], orders[40, 2, 1, 0]
+        if {frozenset(one) for one in first} == {frozenset(one) for one in second}:
+            raise Wrong("the ranks only exchange their parts: the same samples stay together in every epoch, so "
+                        "shuffle all of them anew, then deal out", "40 samples on 2 ranks")  # fmt: skip
+        neighbours = [{pair for one in lists for pair in zip(one, one[1:], strict=False)} for lists in (first, second)]
+        if len(neighbours[0] & neighbours[1]) > 19:
+            raise Wrong("the next epoch's order is the same, begun at another place (rolled?): shuffle anew",
+                        "40 samples on 2 ranks")  # fmt: skip
+        if seen[0].kept[2] != orders[40, 2, 0, 0]:
+            raise Wrong("hash() of a text is another number in every process, so the ranks would shuffle differently: "
+                        "make the seed of numbers", "the same arguments in another process")  # fmt: skip
         if touched:
             raise Wrong(f"it changes {touched}: give the shuffle a generator of its own")
 
 
 def _sampled(answer, cases):
+    numpy = sys.modules.get("numpy")
+
     def states():
+        state = numpy.random.get_state() if numpy else ()
         return {"torch's own random numbers (torch.manual_seed?)": torch.get_rng_state().tolist(),
-                "Python's own random numbers (random.seed?)": random.getstate()}  # fmt: skip
+                "Python's own random numbers (random.seed?)": random.getstate(),
+                "numpy's own random numbers (numpy.random.seed?)": repr(state)}  # fmt: skip
 
     def all_ranks(length, n, epoch, seed):
         return [_as_list(answer(length, rank, n, epoch, seed)) for rank in range(n)]
 
-    before = states()
-    dealt = []
+    def elsewhere():  # as in another process, where texts have other hashes
+        names = getattr(answer, "__globals__", {})
+        names["hash"], own = lambda value: hash(value) + _has_text(value), names.get("hash")
+        try:
+            return all_ranks(40, 2, 0, 0)
+        finally:
+            names["hash"] = own or hash
+
+    if numpy:
+        numpy.random.random()
+    torch.rand(1), random.random()  # an answer that was checked before may have left its own seed here
+    before, dealt = states(), []
     seen = watched(lambda: dealt.extend((all_ranks(*case), all_ranks(*case)) for case in cases))
-    seen.kept = dealt, next((what for what, state in states().items() if state != before[what]), "")
+    touched = next((what for what, state in states().items() if state != before[what]), "")
+    seen.kept = dealt, touched, elsewhere()
     return seen
+
+
+def _has_text(value):
+    return isinstance(value, (str, bytes)) or isinstance(value, (tuple, frozenset)) and any(map(_has_text, value))
 
 
 def _as_list(value):
@@ -498,19 +556,24 @@ class weighted_gradients:
     @staticmethod
     def check(run):
         cases = [([5, 3, 2, 1], F64, False), ([3, 3, 3, 3], F32, False), ([4, 0, 1, 3], F64, False),
-                 ([6, 1, 2], F64, False), ([2, 5, 4, 2], F64, True)]  # fmt: skip
+                 ([6, 1, 2], F64, False), ([2, 5, 4, 2], F64, True), ([2500, 3, 0, 2], F64, False)]  # fmt: skip
         stuck = "the ranks do not make the same calls: a rank without rows has to take part, too"
         for sizes, dtype, in_pairs in cases:
             n = len(sizes)
             about = f"{', '.join(map(str, sizes))} rows on " + ("two groups of 2 ranks" if in_pairs else f"{n} ranks")
             seen = run(_weighed, sizes, dtype, in_pairs, n=n, about=about, stuck=stuck)
-            for members in PAIRS if in_pairs else [list(range(n))]:
-                _judge_weighed(seen, members, sizes, about)
+            try:
+                for members in PAIRS if in_pairs else [list(range(n))]:
+                    _judge_weighed(seen, members, sizes, about)
+            except Wrong as wrong:
+                if max(sizes) > 2048 and ("16 bits" in wrong.diagnosis or "times as large" in wrong.diagnosis):
+                    wrong.diagnosis = f"the number of rows does not survive the type it travels in: {wrong.diagnosis}"
+                raise
 
 
 def _weighed(answer, sizes, dtype, in_pairs):
     rank, model = dist.get_rank(), Sample(4, dtype)
-    rows = torch.cat([_rows(20 + i, rank, dtype) for i in range(3)])[: sizes[rank]]
+    rows = torch.cat([_rows(20 + i, rank, dtype) for i in range(3)]).repeat(1 + sizes[rank] // 9, 1)[: sizes[rank]]
     _loss(model, rows).backward()
     before, weights = _gradients(model), {name: p.detach().clone() for name, p in model.named_parameters()}
     seen = watched(answer, model, sizes[rank], **_group(in_pairs))
@@ -545,6 +608,9 @@ def _judge_weighed(seen, members, sizes, about):
             ("not divided by all rows: it is the sum over all rows", right * total_rows),
             (f"divided by {n} ranks, not by {total_rows} rows", right * total_rows / n),
             ("the plain sum: rows are not used, and nothing is divided", sum(own)),
+            (f"{n} times too large: n · rows / total wants the mean over the ranks, and this is the sum", right * n),
+            ("the sum over the ranks is weighted, not each rank's part of it: multiply before all_reduce",
+             [sum(own) * r / total_rows for r in rows]),
             ("the ranks' gradients are weighted, but not added up",
              [r * g / total_rows for r, g in zip(rows, own, strict=True)]),
             ("the rows are counted over all ranks of the world: the group is left out", everywhere / sum(sizes)),
@@ -579,16 +645,23 @@ class top_k_step:
     @staticmethod
     def check(run):
         cases = [(4, 8, 2, F32, False), (4, 8, 2, F64, False), (3, 9, 1, F64, False), (2, 5, 5, F64, False),
-                 (4, 6, 3, F64, True)]  # fmt: skip
+                 (4, 6, 3, F64, True), (4, 4000, 9, F64, False)]  # fmt: skip
         for seed, (n, size, k, dtype, in_pairs) in enumerate(cases):
             about = f"k = {k} of {size} {str(dtype)[6:]} on " + ("two groups of 2 ranks" if in_pairs else f"{n} ranks")
             seen = run(_compressed, size, k, dtype, seed, in_pairs, n=n, about=about)
             for members in PAIRS if in_pairs else [list(range(n))]:
                 _judge_compressed([seen[r] for r in members], members, size, k, dtype, seed, about)
+        about = "k = 2 of 6 float64 on 4 ranks, all equally large"
+        _judge_ties(run(_compressed, 6, 2, F64, TIES, False, n=4, about=about), 6, 2, about)
+
+
+TIES = 100  # a seed for elements of one size: which ones are sent is free, how many is not
 
 
 def _vectors(size, dtype, seed, rank):
     """This rank's gradient and residual; the ranks like some places alike. The first case begins without residual."""
+    if seed == TIES:
+        return values((size,), dtype, rank, 3).sign(), torch.zeros(size, dtype=dtype)
     shared = values((size,), dtype, 77, seed)
     gradient = shared + values((size,), dtype, rank, seed)
     return gradient, torch.zeros_like(gradient) if seed == 0 else 2 * values((size,), dtype, 50 + rank, seed)
@@ -599,6 +672,18 @@ def _compressed(answer, size, k, dtype, seed, in_pairs):
     seen = watched(answer, gradient, residual, k, **_group(in_pairs))
     seen.kept = gradient, residual
     return seen
+
+
+def _judge_ties(seen, size, k, about):
+    given = [sum(_vectors(size, F64, TIES, rank)) for rank in range(len(seen))]
+    for rank, (one, full) in enumerate(zip(seen, given, strict=True)):
+        rest = one.result[1]
+        if not bool(((rest == 0) | (rest == full)).all()) or int((rest != 0).sum()) != size - k:
+            raise Wrong(f"exactly {k} elements are sent, and rest keeps all others: of equally large ones, too",
+                        f"rank {rank}, rest, {about}", f"{size - k} elements of {full.tolist()} left",
+                        f"{rest.tolist()}")  # fmt: skip
+    mean = sum(full - one.result[1] for one, full in zip(seen, given, strict=True)) / len(seen)
+    same([one.result[0] for one in seen], [mean] * len(seen), "mean", about)
 
 
 def _chosen(values_, by, k):
@@ -613,6 +698,7 @@ def _judge_compressed(mine, members, size, k, dtype, seed, about):
         "": "it calls {op}: all_gather brings every rank what the others have chosen",
     }
     only_calls(mine, ("all_gather",), because)
+    _in_their_group(members, mine, about)
     for rank, one, given in zip(members, mine, inputs, strict=True):
         if not all(torch.equal(a, b) for a, b in zip(one.kept, given, strict=True)):
             raise Wrong("gradient or residual was changed: neither is to be", f"rank {rank}, {about}")
@@ -624,6 +710,13 @@ def _judge_compressed(mine, members, size, k, dtype, seed, about):
     last = torch.zeros_like(mean)
     for s in sent:
         last = torch.where(s != 0, s, last)
+    shortened = {}
+    for bits, kind in ((8, torch.uint8), (16, torch.float16)):
+        places = [w.abs().topk(k).indices for w in wanted]
+        shortened[bits] = sum(
+            torch.zeros_like(mean).index_put((p.to(kind).long().clamp(max=size - 1),), w[p] / n, accumulate=True)
+            for p, w in zip(places, wanted, strict=True)
+        )
     misplaced = []
     for w in wanted:
         places = w.abs().topk(k).indices
@@ -650,6 +743,10 @@ def _judge_compressed(mine, members, size, k, dtype, seed, about):
         ("every rank's values are put in this rank's own places: gather the places, too", misplaced),
         ("divided by the number of ranks that sent the place, not by all of them: the others sent zero",
          sum(sent) / sum((s != 0).to(dtype) for s in sent).clamp(min=1)),
+        (f"divided by the number of all ranks, 4, where the group has {n}", mean * n / 4),
+        *((f"the places go through {bits} bits, too few for {size} of them", would)
+          for bits, would in shortened.items()),
+        ("it returns (rest, mean): mean comes first", [w - s for w, s in zip(wanted, sent, strict=True)]),
         ("this is the mean of everything: only k elements of each rank are to be sent", sum(wanted) / n),
     ]  # fmt: skip
     if k == size:

@@ -174,7 +174,11 @@ class DataParallel(nn.Module):
     def _start_full_ones(self):
         """Start the next bucket while it is full. Never one before its turn: the ranks would not fit together."""
         while self._started < len(self.buckets) and not self.buckets[self._started].missing:
-            self._ends.append(self.comm_hook(self.buckets[self._started], self.group))
+            end = self.comm_hook(self.buckets[self._started], self.group)
+            if not callable(end):
+                raise TypeError(f"comm_hook returned {end!r:.40}: a function that waits for the sum is asked for, or "
+                                "`lambda: None` where nothing is left to wait for")  # fmt: skip
+            self._ends.append(end)
             self._started += 1
 
     def _finish(self):

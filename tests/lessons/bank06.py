@@ -23,6 +23,13 @@ def trainable_ones_only(model, group=None):
         dist.broadcast(t.detach(), group=group, group_src=0)
 
 
+@mistake("broadcast_model", "norm.num_batches_tracked is a buffer and left out")
+def fractions_only(model, group=None):
+    for t in [*model.parameters(), *model.buffers()]:
+        if t.is_floating_point():
+            dist.broadcast(t.detach(), group=group, group_src=0)
+
+
 @mistake("broadcast_model", "mask is a buffer that state_dict() leaves out")
 def by_state_dict(model, group=None):
     for t in model.state_dict().values():
@@ -216,6 +223,17 @@ def only_once(model, group=None):
             handles[p] = p.register_post_accumulate_grad_hook(average)
 
 
+@mistake("average_in_hooks", "register_hook is given a gradient on its way")
+def tensor_hooks_in_place(model, group=None):
+    def average(gradient):
+        dist.all_reduce(gradient, group=group)
+        gradient /= dist.get_world_size(group)
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_hook(average)
+
+
 @right("average_in_hooks")
 def tensor_hooks(model, group=None):
     def average(gradient):
@@ -350,6 +368,27 @@ def in_order_of_its_own(arriving, group=None):
         bucket /= n
 
 
+def buckets_of(arriving, group, divide_by):
+    full, works = {}, []
+    for number, bucket in arriving:
+        full[number] = bucket
+        while len(works) in full:
+            works.append(dist.all_reduce(full[len(works)], group=group, async_op=True))
+    for number, work in enumerate(works):
+        work.wait()
+        full[number] /= divide_by
+
+
+@mistake("reduce_buckets", "all_reduce goes over all ranks: `group` is missing")
+def buckets_of_the_world(arriving, group=None):
+    buckets_of(arriving, None, dist.get_world_size())
+
+
+@mistake("reduce_buckets", "divided by the number of all ranks, 4, where the group has 2")
+def divides_by_the_world(arriving, group=None):
+    buckets_of(arriving, group, dist.get_world_size())
+
+
 @right("reduce_buckets")
 def divides_before(arriving, group=None):
     n, full, works = dist.get_world_size(group), [], []
@@ -473,6 +512,43 @@ def shuffled(length, seed):
 @mistake("sample_indices", "the ranks shuffle differently, so their parts overlap")
 def seeds_by_rank(length, rank, n, epoch, seed=0):
     return shuffled(length, seed + epoch + 1000 * rank)[rank::n]
+
+
+@mistake("sample_indices", "hash() of a text is another number in every process")
+def seeds_by_a_text(length, rank, n, epoch, seed=0):
+    return shuffled(length, hash(f"{seed} {epoch}") % 2**31)[rank::n]
+
+
+@mistake("sample_indices", "the ranks only exchange their parts")
+def rolls_to_the_neighbour(length, rank, n, epoch, seed=0):
+    order = shuffled(length, seed)
+    return (order[epoch % length :] + order[: epoch % length])[rank::n]
+
+
+@mistake("sample_indices", "the ranks only exchange their parts")
+def the_same_parts_to_others(length, rank, n, epoch, seed=0):
+    mine = list(range((rank + epoch + seed) % n, length, n))
+    random.Random(seed + epoch).shuffle(mine)
+    return mine
+
+
+@mistake("sample_indices", "begun at another place")
+def rolls_in_blocks(length, rank, n, epoch, seed=0):
+    order = torch.tensor(shuffled(length, seed)).roll(epoch)
+    return order.tensor_split(n)[rank].tolist()
+
+
+@mistake("sample_indices", "it changes numpy's own random numbers")
+def numpy_seed(length, rank, n, epoch, seed=0):
+    import numpy
+
+    numpy.random.seed(seed + epoch)
+    return numpy.random.permutation(length)[rank::n].tolist()
+
+
+@right("sample_indices")
+def seeds_by_a_pair(length, rank, n, epoch, seed=0):
+    return random.Random(hash((seed, epoch))).sample(range(length), length)[rank::n]
 
 
 @mistake("sample_indices", "every epoch has the same order")
@@ -665,6 +741,30 @@ def divides_after_the_sum(model, rows, group=None):
     all_reduced(model, group, total_of(rows, group))
 
 
+def weighs(model, rows, group, kind, n=1):
+    total = torch.tensor(rows, dtype=kind)
+    dist.all_reduce(total, group=group)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= n * rows / total.item()
+            dist.all_reduce(p.grad, group=group)
+
+
+@mistake("weighted_gradients", "the number of rows does not survive the type it travels in")
+def counts_in_half_precision(model, rows, group=None):
+    weighs(model, rows, group, torch.float16)
+
+
+@mistake("weighted_gradients", "without overflow")
+def counts_in_a_byte(model, rows, group=None):
+    weighs(model, rows, group, torch.uint8)
+
+
+@mistake("weighted_gradients", "4 times too large: n · rows / total wants the mean")
+def adds_where_a_mean_is_meant(model, rows, group=None):
+    weighs(model, rows, group, torch.float64, dist.get_world_size(group))
+
+
 @right("weighted_gradients")
 def all_in_one_tensor(model, rows, group=None):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -791,6 +891,41 @@ def gathers_everything_whole(gradient, residual, k, group=None):
     everyone = [torch.empty_like(sent) for _ in range(n)]
     dist.all_gather(everyone, sent, group=group)
     return torch.stack(everyone).sum(0) / n, wanted - sent
+
+
+def short(gradient, residual, k, group, kind):
+    wanted, n = gradient + residual, dist.get_world_size(group)
+    places, mean = wanted.abs().topk(k).indices, torch.zeros_like(gradient)
+    for some, where in gathered(wanted[places], places.to(kind), group):
+        mean.index_put_((where.long(),), some / n, accumulate=True)
+    return mean, wanted.index_fill(0, places, 0)
+
+
+@mistake("top_k_step", "the places go through 8 bits, too few for 4000")
+def places_in_a_byte(gradient, residual, k, group=None):
+    return short(gradient, residual, k, group, torch.uint8)
+
+
+@mistake("top_k_step", "the places go through 16 bits, too few for 4000")
+def places_in_half_precision(gradient, residual, k, group=None):
+    return short(gradient, residual, k, group, torch.float16)
+
+
+@mistake("top_k_step", "exactly 2 elements are sent, and rest keeps all others")
+def rest_by_size(gradient, residual, k, group=None):
+    wanted, (mean, _) = gradient + residual, step(gradient, residual, k, group)
+    return mean, torch.where(wanted.abs() < wanted.abs().topk(k).values[-1], wanted, 0)
+
+
+@mistake("top_k_step", "all_gather goes over all ranks: `group` is missing")
+def gathers_from_all(gradient, residual, k, group=None):
+    return step(gradient, residual, k, None)
+
+
+@mistake("top_k_step", "it returns (rest, mean): mean comes first")
+def the_other_way_round(gradient, residual, k, group=None):
+    mean, rest = step(gradient, residual, k, group)
+    return rest, mean
 
 
 @right("top_k_step")
