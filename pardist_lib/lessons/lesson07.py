@@ -51,12 +51,19 @@ def _judge_shards(numel, n, shards):
 def _why(numel, n, rank, got, want, length):
     start, stop, padding = got
     down, (start_wanted, stop_wanted, _) = numel // n, want
+    four = -(-numel // 4)
+    if n != 4 and tuple(got) == (a := min(rank * four, numel), b := min(a + four, numel), four - (b - a)):
+        return f"this is right for 4 ranks, and here are {n}: is a 4 written into it?"
     if numel % n and stop - start == down and length > down and stop == (rank + 1) * down:
         return f"shards of {down} elements hold {n * down} of {numel}: the length has to be rounded up"
     if stop > numel:
         return f"stop is {stop}, but the line has {numel} elements: what lies beyond is padding"
     if start > stop:
         return f"start {start} is beyond stop {stop}: a shard of padding alone begins and ends at {numel}"
+    if start == stop and start_wanted == numel:
+        return f"a shard of padding alone begins and ends at the line's end, at {numel}"
+    if start == start_wanted and stop == stop_wanted - start_wanted != stop_wanted:
+        return f"stop is where the shard ends on the line, at {stop_wanted}: {stop} is its length"
     if (start, stop) == (start_wanted, stop_wanted):
         if padding == n * length - numel:
             return f"padding {padding} is what the whole line needs: each shard has only its own part of it"
@@ -112,6 +119,13 @@ class zero_memory:
             ("this is in GB: bytes are asked for", lambda *args: held(*args) / 1e9),
             ("at stage 1 the gradients are still whole: only stage 2 shards them",
              lambda psi, n, stage, p, g, s: psi * (p / (n if stage > 2 else 1) + (g + s) / (n if stage > 0 else 1))),
+            ("the order is wrong: stage 2 shards the gradients, and only stage 3 the parameters",
+             lambda psi, n, stage, p, g, s: held(psi, n, stage, g, p, s)),
+            ("state_bytes is not used: the state need not be two numbers of the parameters' kind",
+             lambda psi, n, stage, p, g, s: held(psi, n, stage, p, g, 2 * p)),
+            ("n-ths are rounded down here: divide with /, not with //",
+             lambda psi, n, stage, p, g, s: psi * p // (n if stage > 2 else 1) + psi * g // (n if stage > 1 else 1)
+             + psi * s // (n if stage > 0 else 1)),
         ]  # fmt: skip
         numbers(run, inputs, [held(*args) for args in inputs], labels, mistakes)
 
@@ -137,8 +151,10 @@ def _take_steps(answer, k, dtype, seed):
     rank, n = dist.get_rank(), dist.get_world_size()
     parameters, momentum, gradients = _start(k, n, dtype, seed)
     parameters, momentum = parameters.clone(), momentum.chunk(n)[rank].clone()
-    seen = watched(lambda: [answer(parameters, g[rank].clone(), momentum, LR, BETA) for g in gradients][-1])
-    seen.kept = {"parameters": parameters, "momentum": momentum}
+    own = [g[rank].clone() for g in gradients]
+    seen = watched(lambda: [answer(parameters, g, momentum, LR, BETA) for g in own][-1])
+    read_only = all(torch.equal(g, before[rank]) for g, before in zip(own, gradients, strict=True))
+    seen.kept = {"parameters": parameters, "momentum": momentum, "read_only": read_only}
     return _counted(seen, n)
 
 
@@ -221,6 +237,9 @@ def _judge_step(seen, n, k, dtype, seed, about):
         "the old momentum is lost: momentum is beta * momentum + gradient": _by_rule(
             *case, rule=lambda p, m, g: (p - LR * g, g)
         ),
+        "this is Nesterov's step, gradient + beta * momentum: the momentum alone is asked for": _by_rule(
+            *case, rule=lambda p, m, g: (p - LR * (g + BETA * (BETA * m + g)), BETA * m + g)
+        ),
     }
     mistakes = [(why, would[0]) for why, would in rules.items()]
     backwards = torch.cat(list(expected[0].chunk(n))[::-1])
@@ -229,6 +248,10 @@ def _judge_step(seen, n, k, dtype, seed, about):
     same([s.kept["parameters"] for s in seen], expected, "parameters", about, mistakes)
     same([s.kept["momentum"] for s in seen], momenta, "momentum", about,
          [("the momentum is never kept: write it into `momentum`", list(momentum.chunk(n)))])  # fmt: skip
+    for rank, one in enumerate(seen):
+        if not one.kept["read_only"]:
+            raise Wrong("the result is right, but `gradients` was changed: work on what reduce_scatter gives",
+                        f"rank {rank}, {about}")  # fmt: skip
     _judge_moved(seen, n, STEPS * parameters.nbytes, 2, about)
 
 
@@ -255,8 +278,12 @@ def _moved(calls, n):
 # ---- a layer of ZeRO-3 ----------------------------------------------------------------------------------------
 
 WHOLE_KEPT = (
-    "something of {:,} bytes is kept from forward to backward, as large as the whole weight: save the shard, and "
-    "gather it again in backward"
+    "{:,} bytes are kept from forward to backward besides x, shard and output, and the whole weight has {:,}: save the "
+    "shard, and gather it again in backward"
+)
+KEPT_SINCE = (
+    "backward computes with a weight that was kept from forward, and shard has changed since (the check changed it): "
+    "save the shard, and gather it again in backward"
 )
 
 
@@ -271,48 +298,65 @@ def _use(answer, seed, sizes, batch, dtype):
     x, weights, gradient = _layers(seed, rank, sizes, batch, dtype)
     shards = [w.flatten().chunk(n)[rank].clone().requires_grad_() for w in weights]
     x.requires_grad_()
-    least, saved = min(w.nbytes for w in weights), []
-    gc.collect()
-    before = {id(t) for t in _tensors(least)}
+    saved, outputs = [], []  # (what `watched` returns is a copy without a graph)
 
     def forward():
         y = x
         for shard, weight in zip(shards, weights, strict=True):
-            y = answer(y, shard, len(weight))
+            outputs.append(y := answer(y, shard, len(weight)))
         return y
 
-    outputs = []  # what `watched` returns is a copy without a graph
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
-        seen = watched(lambda: outputs.append(forward()) or outputs[0])
+    gc.collect()
+    before = _memory(_tensors())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        seen = watched(forward)
     _under_way.clear()  # else what the calls filled would be alive still
     gc.collect()
-    found = [t.untyped_storage().nbytes() for t in _tensors(least) if id(t) not in before]
-    large = [nbytes for nbytes in saved if nbytes >= least]
-    seen.kept = {"graph": isinstance(outputs[0], torch.Tensor) and outputs[0].requires_grad}
-    seen.kept |= {"saved": max(large + found, default=0), "backward": None}
-    if seen.kept["graph"] and outputs[0].shape == gradient.shape:
-        after = _counted(watched(lambda: outputs[0].backward(gradient)), n)
+    known = before | _memory(t for t in [*outputs, seen.result, x, *shards] if isinstance(t, torch.Tensor))
+    kept = {at: size for at, size in _memory([*_tensors(), *saved]).items() if at not in known}
+    y = outputs[-1]
+    seen.kept = {"graph": isinstance(y, torch.Tensor) and y.requires_grad, "saved": sum(kept.values())}
+    seen.kept |= {"copy": shards[0].nbytes in kept.values(), "backward": None}
+    if seen.kept["graph"] and y.shape == gradient.shape:
+        if batch == 1:  # the case that looks at what is kept
+            for shard in shards:
+                shard.data *= CHANGED
+        same_x = torch.equal(x, _layers(seed, rank, sizes, batch, dtype)[0])
+        given = gradient.clone()
+        after = _counted(watched(lambda: y.backward(given)), n)
         seen.kept |= {"backward": after.calls, "x": x.grad, "shards": [s.grad for s in shards]}
+        seen.kept["changed"] = "" if same_x else "x"
+        if not torch.equal(given, gradient):
+            seen.kept["changed"] = "gradient"
         for name in ("reference", "torchs", "hidden", "unwaited"):
             setattr(seen, name, getattr(seen, name) or getattr(after, name))
     return seen
 
 
-def _tensors(least):
-    """The tensors that are alive and at least so large."""
-    return [t for t in gc.get_objects() if type(t) is torch.Tensor and _storage(t) >= least]
+CHANGED = -3.0  # the shards are multiplied by it between forward and backward
 
 
-def _storage(tensor):
-    try:
-        return tensor.untyped_storage().nbytes()
-    except (RuntimeError, NotImplementedError):  # a tensor without memory of its own
-        return 0
+def _tensors():
+    """The tensors that are alive."""
+    return [t for t in gc.get_objects() if type(t) is torch.Tensor]
+
+
+def _memory(tensors):
+    """{address: bytes} of the memory behind tensors."""
+    found = {}
+    for t in tensors:
+        try:
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        except (RuntimeError, NotImplementedError):  # a tensor without memory of its own
+            pass
+    return found
 
 
 NO_OTHER = {
     "all_reduce": "it calls all_reduce, which brings the whole gradient to every rank: a rank keeps its own n-th, and "
     "reduce_scatter brings that for half the bytes",
+    "scatter": "its backward calls scatter, as that of torch.distributed.nn's all_gather does, for which autograd "
+    "keeps the whole weight: write backward yourself, in a torch.autograd.Function",
     "": "it calls {op}: all_gather and reduce_scatter do it",
 }
 
@@ -331,7 +375,8 @@ class sharded_linear:
     @staticmethod
     def check(run):
         cases = [
-            (4, (6, 8), 3, F32), (4, (5, 4), 2, F64), (3, (4, 6), 3, F64), (2, (3, 2), 1, F32), (4, (4, 8, 6), 2, F64),
+            (4, (6, 8), 3, F32), (4, (5, 4), 2, F64), (3, (4, 6), 3, F64), (2, (3, 2), 2, F32), (4, (4, 8, 6), 2, F64),
+            (4, (64, 48), 1, F64),
         ]  # fmt: skip
         for seed, (n, sizes, batch, dtype) in enumerate(cases):
             layers = "" if len(sizes) == 2 else ", two layers one after the other"
@@ -349,6 +394,7 @@ class sharded_linear:
 
 def _judge_use(seen, seed, sizes, batch, dtype, about):
     n = len(seen)
+    size = sum(w.nbytes for w in _layers(seed, 0, sizes, batch, dtype)[1])
     outputs, x_grads, w_grads = [], [], []
     for rank in range(n):
         x, weights, gradient = _layers(seed, rank, sizes, batch, dtype)
@@ -375,8 +421,13 @@ def _judge_use(seen, seed, sizes, batch, dtype, about):
                 "the output has no graph: torch.distributed's calls are not differentiable, so backward must be "
                 "written, in a torch.autograd.Function", f"rank {rank}, {about}",
             )  # fmt: skip
-    same([one.kept["x"] for one in seen], x_grads, "the gradient of x", about, [
-        ("x has the mean of the ranks' gradients: its rows are this rank's own", [sum(x_grads) / n] * n)])  # fmt: skip
+    mistakes = [("x has the mean of the ranks' gradients: its rows are this rank's own", [sum(x_grads) / n] * n)]
+    if batch == 1:
+        _judge_memory(seen, size, about)
+        mistakes = [(KEPT_SINCE, x_grads)]
+        if not all(one.kept["copy"] for one in seen):  # a copy of the shard is not a whole weight
+            x_grads = [CHANGED * g for g in x_grads]
+    same([one.kept["x"] for one in seen], x_grads, "the gradient of x", about, mistakes)
     for i in range(len(sizes) - 1):
         whole = [w[i] for w in w_grads]
         total = sum(whole).flatten().chunk(n)
@@ -397,16 +448,22 @@ def _judge_use(seen, seed, sizes, batch, dtype, about):
         same(got, [t / n for t in total], "shard.grad", about, mistakes)
     for rank, one in enumerate(seen):
         where = f"rank {rank}, {about}"
-        if one.kept["saved"]:
-            raise Wrong(WHOLE_KEPT.format(one.kept["saved"]), where)
+        if changed := one.kept["changed"]:
+            what = "`x`" if changed == "x" else "the gradient that backward is given"
+            raise Wrong(f"{what} was changed: others may use it too, work on a copy", where)
         for call in one.kept["backward"]:
             if call.op not in ("all_gather", "reduce_scatter", "all_to_all", "send", "recv"):
                 raise Wrong(NO_OTHER.get(call.op, NO_OTHER[""]).format(op=call.op), where)
-    size = sum(w.nbytes for w in _layers(seed, 0, sizes, batch, dtype)[1])
     _judge_moved(seen, n, size, 1, f"forward, {about}")
     for one in seen:
         one.calls = one.kept["backward"]
     _judge_moved(seen, n, size, 2, f"backward, {about}")
+
+
+def _judge_memory(seen, size, about):
+    for rank, one in enumerate(seen):
+        if one.kept["saved"] >= size:
+            raise Wrong(WHOLE_KEPT.format(one.kept["saved"], size), f"rank {rank}, {about}")
 
 
 # ---- clipping -------------------------------------------------------------------------------------------------
@@ -461,6 +518,8 @@ def _judge_clip(seen, shapes, dtype, seed, scale, about):
     many = [len(_gradients(r, n, shapes, dtype, seed, scale)) for r in range(n)]
     for rank, one in enumerate(seen):
         for call in one.calls:
+            if call.op == "barrier":
+                raise Wrong("it calls barrier: the all_reduce itself waits for everybody", f"rank {rank}, {about}")
             if call.bytes > 16 * max(n, many[rank]) and call.op != "recv":
                 raise Wrong(
                     f"its {call.op} moves {call.bytes} bytes, as if the gradients travelled: one number is enough, "
@@ -468,7 +527,8 @@ def _judge_clip(seen, shapes, dtype, seed, scale, about):
                 )  # fmt: skip
     got = [number(one.result) for one in seen]
     got = [g.double() if isinstance(g, torch.Tensor) else g for g in got]
-    close = (1e-6, 1e-9) if dtype == F64 else (1e-4, 1e-7)
+    exact, close = (None, (1e-6, 1e-9)) if dtype == F64 else ((1e-5, 1e-7), (1e-4, 1e-7))  # many add 1e-6 to the norm
+    of_tensors = [[t.double().norm() for t in _gradients(r, n, shapes, dtype, seed, scale)] for r in range(n)]
     mistakes = [
         ("each rank returns the norm of its own gradients: the squares have to be added up over the ranks", own),
         ("the ranks' norms were added: norms do not add up, their squares do", [sum(own)] * n),
@@ -478,8 +538,11 @@ def _judge_clip(seen, shapes, dtype, seed, scale, about):
         ("the largest of the ranks' norms is not the norm of all", [max(own)] * n),
         ("this is the norm after clipping: the one before is asked for", [norm.clamp(max=CLIPPED)] * n),
         ("this is the factor, not the norm", [CLIPPED / norm] * n),
-    ]
-    same(got, [norm] * n, "the norm", about, mistakes, tolerance=close)
+        ("the tensors' norms were added: norms do not add up, their squares do", [sum(sum(of_tensors, []))] * n),
+        ("the tensors' norms were added: norms do not add up, their squares do",
+         [sum(sum(norms) ** 2 for norms in of_tensors) ** 0.5] * n),
+    ]  # fmt: skip
+    same(got, [norm] * n, "the norm", about, mistakes, tolerance=exact)
 
     def times(factor):
         return [b * float(f) for b, f in zip(before, factor if isinstance(factor, list) else [factor] * n, strict=True)]
@@ -497,7 +560,13 @@ def _judge_clip(seen, shapes, dtype, seed, scale, about):
     ]  # fmt: skip
     same([one.kept for one in seen], right, "the gradients", about, mistakes, tolerance=close)
     for rank, one in enumerate(seen):
-        if len(one.calls) > 2 * n + many[rank]:
+        reduced = [call.bytes for call in one.calls if call.op == "all_reduce"]
+        if len(reduced) > 1 or len(one.calls) > 2 * n:
             raise Wrong(
                 f"the result is right, but it takes {len(one.calls)} calls: one is enough", f"rank {rank}, {about}"
+            )
+        if max(reduced, default=0) > 8:
+            raise Wrong(
+                f"the result is right, but the all_reduce carries {reduced[0]} bytes: one number is enough, 8 bytes",
+                f"rank {rank}, {about}",
             )

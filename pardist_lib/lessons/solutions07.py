@@ -36,7 +36,7 @@ def zero1_step(
     """One step of SGD with momentum, whose momentum is sharded over the n ranks (ZeRO-1).
 
     parameters: (k,), the same on every rank; n divides k. In place: afterwards the updated ones, on every rank.
-    gradients: (k,), this rank's own; the mean over the ranks counts.
+    gradients: (k,), this rank's own, not changed; the mean over the ranks counts.
     momentum: (k/n,), this rank's shard, which belongs to the rank-th n-th of parameters. In place.
     For each element: momentum becomes beta * momentum + gradient, then parameter becomes parameter - lr * momentum.
     Sends: one reduce_scatter and one all_gather (or send, recv): 2(n - 1)/n times the bytes of parameters in all.
@@ -89,7 +89,7 @@ def clip_sharded(gradients: list, max_norm: float) -> torch.Tensor:
     gradients: this rank's tensors, any number of any shape, on some ranks perhaps none; each element is on one rank.
     In place: where the norm of all elements on all ranks is above max_norm, every element is multiplied by
     max_norm / norm; else nothing changes. Returns the norm before clipping, the same on every rank.
-    Sends: one number, in an all_reduce. (Use float64 for it.)
+    Sends: one number, in an all_reduce, as float64.
     """
     total = torch.zeros((), dtype=torch.float64)
     for g in gradients:

@@ -72,6 +72,28 @@ def one_more_for_each(numel, rank, n):
     return start, stop, length - (stop - start)
 
 
+def full_shards(numel, rank, length):
+    start, stop = min(rank * length, numel), min((rank + 1) * length, numel)
+    return start, stop, length - (stop - start)
+
+
+@mistake("padded_shard", "this is right for 4 ranks, and here are 3: is a 4 written into it?")
+def for_four_ranks(numel, rank, n):
+    return full_shards(numel, rank, -(-numel // 4))
+
+
+@mistake("padded_shard", "a shard of padding alone begins and ends at the line's end, at 5")
+def padding_at_the_beginning(numel, rank, n):
+    start, stop, padding = full_shards(numel, rank, -(-numel // n))
+    return (start, stop, padding) if start < stop else (0, 0, padding)
+
+
+@mistake("padded_shard", "stop is where the shard ends on the line, at 4: 2 is its length")
+def start_and_length(numel, rank, n):
+    start, stop, padding = full_shards(numel, rank, -(-numel // n))
+    return start, stop - start, padding
+
+
 @right("padded_shard")
 def by_counting_what_is_left(numel, rank, n):
     length = math.ceil(numel / n)
@@ -128,6 +150,22 @@ def in_gigabytes(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, stat
 @mistake("zero_memory", "first the optimizer's state is sharded, the parameters last")
 def parameters_first(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
     return bytes_of(parameters, n, stage, state_bytes, gradient_bytes, parameter_bytes)
+
+
+@mistake("zero_memory", "the order is wrong: stage 2 shards the gradients, and only stage 3 the parameters")
+def gradients_last(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, stage, gradient_bytes, parameter_bytes, state_bytes)
+
+
+@mistake("zero_memory", "state_bytes is not used")
+def two_numbers_of_state(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, stage, parameter_bytes, gradient_bytes, 2 * parameter_bytes)
+
+
+@mistake("zero_memory", "n-ths are rounded down here: divide with /, not with //")
+def rounded_down(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    kinds = [state_bytes, gradient_bytes, parameter_bytes]
+    return sum(parameters * b // (n if stage > i else 1) for i, b in enumerate(kinds))
 
 
 @right("zero_memory")
@@ -245,6 +283,30 @@ def four_ranks_only(parameters, gradients, momentum, lr, beta):
     give_all(parameters)
 
 
+@mistake("zero1_step", "the result is right, but `gradients` was changed")
+def divides_in_place(parameters, gradients, momentum, lr, beta):
+    gradients /= dist.get_world_size()
+    momentum.mul_(beta).add_(my_mean(gradients, momentum, divide=False))
+    mine(parameters).sub_(lr * momentum)
+    give_all(parameters)
+
+
+@mistake("zero1_step", "this is Nesterov's step")
+def looks_ahead(parameters, gradients, momentum, lr, beta):
+    mean = my_mean(gradients, momentum)
+    momentum.mul_(beta).add_(mean)
+    mine(parameters).sub_(lr * (mean + beta * momentum))
+    give_all(parameters)
+
+
+@right("zero1_step")
+def gathers_the_momentum(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(my_mean(gradients, momentum))
+    whole = torch.empty_like(parameters)
+    dist.all_gather_into_tensor(whole, momentum)
+    parameters.sub_(lr * whole)
+
+
 @right("zero1_step")
 def by_exchange(parameters, gradients, momentum, lr, beta):
     rank, n = dist.get_rank(), dist.get_world_size()
@@ -296,7 +358,7 @@ def no_function(x, shard, out_features):
     return x.detach() @ whole(shard.detach(), out_features).T
 
 
-@mistake("sharded_linear", "is kept from forward to backward, as large as the whole weight")
+@mistake("sharded_linear", "are kept from forward to backward besides x, shard and output")
 def saves_the_weight(x, shard, out_features):
     class Linear(torch.autograd.Function):
         @staticmethod
@@ -313,7 +375,7 @@ def saves_the_weight(x, shard, out_features):
     return Linear.apply(x, shard)
 
 
-@mistake("sharded_linear", "is kept from forward to backward, as large as the whole weight")
+@mistake("sharded_linear", "are kept from forward to backward besides x, shard and output")
 def keeps_it_in_ctx(x, shard, out_features):
     class Linear(torch.autograd.Function):
         @staticmethod
@@ -430,11 +492,118 @@ def only_x(x, shard, out_features):
     return Linear.apply(x, shard)
 
 
-@mistake("sharded_linear", "is kept from forward to backward, as large as the whole weight")
+@mistake("sharded_linear", "its backward calls scatter, as that of torch.distributed.nn's all_gather does")
 def leaves_it_to_autograd(x, shard, out_features):
     weight = torch.cat(differentiable.all_gather(shard)).view(out_features, -1) / 1
     n = dist.get_world_size()
     return x @ (weight / n + (weight - weight / n).detach()).T
+
+
+def linear_that(keep, weight_of, unchanged=True):
+    """A sharded linear layer that keeps `keep(weight)`, and in backward computes with `weight_of` what it kept."""
+
+    def layer(x, shard, out_features):
+        class Linear(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, shard):
+                weight = whole(shard, out_features)
+                ctx.save_for_backward(x, shard)
+                ctx.kept = keep(weight)
+                return x @ weight.T
+
+            @staticmethod
+            def backward(ctx, gradient):
+                x, shard = ctx.saved_tensors
+                gathered, n = whole(shard, out_features), dist.get_world_size()
+                weight = gathered if ctx.kept is None else weight_of(ctx.kept).view(out_features, -1)
+                of_x = gradient @ weight
+                gradient = gradient.div_(n) if not unchanged else gradient / n
+                return of_x, scattered(gradient.T @ x, shard)
+
+        return Linear.apply(x, shard)
+
+    return layer
+
+
+@mistake("sharded_linear", "are kept from forward to backward besides x, shard and output")
+def keeps_the_pieces(x, shard, out_features):
+    keep = linear_that(lambda weight: [piece.clone() for piece in weight.flatten().chunk(4)], torch.cat)
+    return keep(x, shard, out_features)
+
+
+@mistake("sharded_linear", "backward computes with a weight that was kept from forward")
+def keeps_it_in_numpy(x, shard, out_features):
+    return linear_that(lambda weight: weight.numpy().copy(), torch.from_numpy)(x, shard, out_features)
+
+
+@mistake("sharded_linear", "backward computes with a weight that was kept from forward")
+def keeps_a_list(x, shard, out_features):
+    as_tensor = lambda numbers: torch.tensor(numbers, dtype=x.dtype)  # noqa: E731
+    return linear_that(lambda weight: weight.flatten().tolist(), as_tensor)(x, shard, out_features)
+
+
+@mistake("sharded_linear", "the gradient that backward is given was changed")
+def divides_what_it_is_given(x, shard, out_features):
+    return linear_that(lambda weight: None, None, unchanged=False)(x, shard, out_features)
+
+
+@right("sharded_linear")
+def with_a_checkpoint(x, shard, out_features):
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, shard):
+            return whole(shard, out_features)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            n = dist.get_world_size()
+            return scattered(gradient / n, gradient.flatten().chunk(n)[0])
+
+    def layer(x, shard):
+        return x @ Gather.apply(shard).T
+
+    return torch.utils.checkpoint.checkpoint(layer, x, shard, use_reentrant=False)
+
+
+@right("sharded_linear")
+def frees_the_memory(x, shard, out_features):
+    line = shard.new_empty(dist.get_world_size() * shard.numel())
+
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            dist.all_gather_into_tensor(line, shard)
+            y = x @ line.view(out_features, -1).T
+            ctx.save_for_backward(x, shard, line)
+            line.untyped_storage().resize_(0)
+            return y
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, shard, line = ctx.saved_tensors
+            line.untyped_storage().resize_(line.nbytes)
+            dist.all_gather_into_tensor(line, shard)
+            of_x = gradient @ line.view(out_features, -1)
+            line.untyped_storage().resize_(0)
+            return of_x, scattered(gradient.T @ x, shard) / dist.get_world_size()
+
+    return Linear.apply(x, shard)
+
+
+@right("sharded_linear")
+def saves_copies(x, shard, out_features):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            ctx.x, ctx.shard = x.detach().clone(), shard.detach().clone()
+            return x @ whole(shard, out_features).T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            mean = scattered(gradient.T @ ctx.x, ctx.shard) / dist.get_world_size()
+            return gradient @ whole(ctx.shard, out_features), mean
+
+    return Linear.apply(x, shard)
 
 
 @right("sharded_linear")
@@ -569,6 +738,36 @@ def clamps(gradients, max_norm):
     for g in gradients:
         g.clamp_(-max_norm, max_norm)
     return total.sqrt()
+
+
+@mistake("clip_sharded", "it calls barrier: the all_reduce itself waits for everybody")
+def waits_first(gradients, max_norm):
+    dist.barrier()
+    total = squares(gradients)
+    dist.all_reduce(total)
+    return scaled(gradients, total.sqrt(), max_norm)
+
+
+@mistake("clip_sharded", "the all_reduce carries 32 bytes: one number is enough")
+def a_number_for_each_rank(gradients, max_norm):
+    of_ranks = torch.zeros(dist.get_world_size(), dtype=torch.float64)
+    of_ranks[dist.get_rank()] = squares(gradients)
+    dist.all_reduce(of_ranks)
+    return scaled(gradients, of_ranks.sum().sqrt(), max_norm)
+
+
+@mistake("clip_sharded", "float64 values went through float32")
+def in_single_precision(gradients, max_norm):
+    total = sum((g.float().square().sum() for g in gradients), torch.zeros(()))
+    dist.all_reduce(total)
+    return scaled(gradients, total.sqrt(), max_norm)
+
+
+@mistake("clip_sharded", "the tensors' norms were added: norms do not add up, their squares do")
+def adds_norms_of_tensors(gradients, max_norm):
+    norm = sum((g.double().norm() for g in gradients), torch.zeros((), dtype=torch.float64))
+    dist.all_reduce(norm)
+    return scaled(gradients, norm, max_norm)
 
 
 @right("clip_sharded")
