@@ -38,7 +38,7 @@ def _call(answer, parts, *args):
 
 
 def _call_in_world(answer, parts, *args):
-    """The same; parts for one rank only are given in a world of one."""
+    """The same; parts for one rank only are given in a world of one, a group that all four ranks have to make."""
     if len(parts) > 1:
         return _call(answer, parts, *args)
     with world(1) as inside:
@@ -266,7 +266,7 @@ class summa_step:
             ]
             for step in range(q):
                 where = f"step {step}, q = {q}, blocks {(m, w)}, {(m, k)}, {(k, w)}, {str(dtype)[6:]}"
-                seen = run(_call_in_world, parts, step, q, n=max(n, 2), about=where)[:n]
+                seen = run(_call_in_world, parts, step, q, n=n if n > 1 else 4, about=where)[:n]
                 by_hand(seen)
                 _inputs_kept(seen, parts, ("", "b", "c"), where)
                 _judge_step(seen, parts, step, q, where)
@@ -512,7 +512,7 @@ class halo_exchange:
             whole = values((batch, channels, sum(heights), width), dtype, 0, seed)
             parts = [(part.contiguous(),) for part in whole.split(heights, 2)]
             try:
-                seen = run(_call_in_world, parts, halo, n=max(n, 2), about=about)[:n]
+                seen = run(_call_in_world, parts, halo, n=n if n > 1 else 4, about=about)[:n]
                 by_hand(seen)
                 _inputs_kept(seen, parts, ("rows",), about)
                 _judge_halo(seen, whole, heights, halo, about)
