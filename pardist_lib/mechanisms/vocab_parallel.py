@@ -41,12 +41,8 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, num_embeddings, embedding_dim, *, padding_idx=None, sequence_dim=None, group=None, device=None,
                  dtype=None):  # fmt: skip
         super().__init__()
-        place_of(group, type(self).__name__)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
-        self.sequence_dim, self.group = sequence_dim, group
-        self.first, self.end = vocabulary_range(num_embeddings, group)
         whole = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self.weight = parameter(first_ranks_part(whole.weight, 0, group), whole.weight)
+        self._split(whole, sequence_dim, group)
 
     @classmethod
     def from_module(cls, module, group=None, *, sequence_dim=None):
@@ -62,16 +58,24 @@ class VocabParallelEmbedding(nn.Module):
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if value := getattr(module, option):
                 raise ValueError(f"an nn.Embedding with {option}={value} does not split: build it without {option}")
-        sizes = module.num_embeddings, module.embedding_dim
-        split = cls(*sizes, padding_idx=module.padding_idx, sequence_dim=sequence_dim, group=group, device="meta")
-        split.weight = parameter(first_ranks_part(module.weight, 0, group), module.weight)
+        split = cls.__new__(cls)
+        nn.Module.__init__(split)
+        split._split(module, sequence_dim, group)
         return split.train(module.training)
+
+    def _split(self, whole, sequence_dim, group):
+        place_of(group, type(self).__name__)
+        self.num_embeddings, self.embedding_dim = whole.num_embeddings, whole.embedding_dim
+        self.padding_idx = whole.padding_idx
+        self.sequence_dim, self.group = sequence_dim, group
+        self.first, self.end = vocabulary_range(self.num_embeddings, group)
+        self.weight = parameter(first_ranks_part(whole.weight, 0, group), whole.weight)
 
     def to_module(self):
         """The whole nn.Embedding, exactly, on every rank: one all-gather of the table."""
-        sizes = split_sizes(self.num_embeddings, place(self.group)[1])
-        whole = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
-        whole.weight = parameter(gathered(self.weight.detach(), 0, sizes, self.group), self.weight)
+        table = gathered(self.weight.detach(), 0, split_sizes(self.num_embeddings, place(self.group)[1]), self.group)
+        whole = nn.Embedding.from_pretrained(table, padding_idx=self.padding_idx)
+        whole.weight = parameter(table, self.weight)
         return whole.train(self.training)
 
     def rows(self):
