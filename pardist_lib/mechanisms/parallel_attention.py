@@ -51,7 +51,8 @@ class Attention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if embed_dim % num_heads or num_heads % num_kv_heads:
             raise ValueError(
-                f"embed_dim {embed_dim} is a multiple of num_heads {num_heads}, and that of num_kv_heads {num_kv_heads}"
+                f"embed_dim {embed_dim} has to be a multiple of num_heads {num_heads}, and that of num_kv_heads "
+                f"{num_kv_heads}"
             )
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.causal, self.dropout = causal, dropout
@@ -107,7 +108,7 @@ class ParallelAttention(nn.Module):
         self.embed_dim, self.num_heads, self.dropout = whole.embed_dim, whole.num_heads, whole.dropout
         self.num_kv_heads = getattr(whole, "num_kv_heads", whole.num_heads)
         self.causal, self.group = getattr(whole, "causal", False), group
-        heads_that_fit(self.num_heads, self.num_kv_heads, n)
+        heads_that_fit(self.num_heads, self.num_kv_heads, n, self.embed_dim)
         self.heads, self.kv_heads = self.num_heads // n, self.num_kv_heads // n
         self.qkv = ColumnParallelLinear.from_module(_rows(qkv, self._order()), group, **options)
         options = {name: value for name, value in options.items() if name != "keep_gathered"}
@@ -208,13 +209,16 @@ def _rows(linear, order):
     return other.train(linear.training)
 
 
-def heads_that_fit(heads, kv_heads, n):
-    """Raises ValueError where n ranks cannot have equally many whole heads, with what would fit."""
-    for many, what in ((heads, "heads"), (kv_heads, "key-value heads")):
-        if many % n:
-            ranks = [str(k) for k in range(1, kv_heads + 1) if heads % k == 0 and kv_heads % k == 0]
-            others = [str(m) for m in (many // n * n, many // n * n + n) if m]
-            raise ValueError(
-                f"ParallelAttention: {many} {what} cannot be split over {n} ranks, for a head stays whole: "
-                f"{' or '.join(ranks)} ranks would fit, or {' or '.join(others)} {what}"
-            )
+def heads_that_fit(heads, kv_heads, n, width):
+    """Raises ValueError where n ranks cannot have equally many whole heads, with what would fit. width: embed_dim."""
+    if heads % n == kv_heads % n == 0:
+        return
+    many, what = (heads, "heads") if heads % n else (kv_heads, "key-value heads")
+    ranks = [str(k) for k in range(1, kv_heads + 1) if heads % k == kv_heads % k == 0]
+    whole = heads if what != "heads" else width if heads == kv_heads else 0  # has to be a multiple of their number
+    fit = [m for m in range(n, whole + 1, n) if whole % m == 0]
+    near = [*[m for m in fit if m < many][-1:], *[m for m in fit if m > many][:1]]
+    raise ValueError(
+        f"ParallelAttention: {many} {what} cannot be split over {n} ranks, for a head stays whole: "
+        f"{' or '.join(ranks)} ranks would fit" + f", or {' or '.join(map(str, near))} {what}" * bool(near)
+    )
