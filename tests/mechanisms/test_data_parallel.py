@@ -376,6 +376,15 @@ def test_buckets_travel_while_backward_computes(ranks_of):
         assert started == count and early == 0
 
 
+def test_a_hook_that_returns_nothing_is_named(ranks_of):
+    def step():
+        model = DataParallel(Net(), comm_hook=lambda bucket, group: None)
+        with pytest.raises(TypeError, match="comm_hook returned None: a function that waits"):
+            cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+
+    ranks_of(1).run(step, quiet=True)
+
+
 # ---- the start, groups, the naive version ---------------------------------------------------------------------
 
 
