@@ -282,8 +282,8 @@ WHOLE_KEPT = (
     "shard, and gather it again in backward"
 )
 KEPT_SINCE = (
-    "backward computes with a weight that was kept from forward, and shard has changed since (the check changed it): "
-    "save the shard, and gather it again in backward"
+    "backward computes with a weight, or parts of it, kept from forward, and shard has changed since (the check did "
+    "it): save the shard, and gather it again in backward"
 )
 
 
@@ -321,13 +321,13 @@ def _use(answer, seed, sizes, batch, dtype):
         if batch == 1:  # the case that looks at what is kept
             for shard in shards:
                 shard.data *= CHANGED
-        same_x = torch.equal(x, _layers(seed, rank, sizes, batch, dtype)[0])
-        given = gradient.clone()
+        given, x_before = gradient.clone(), _layers(seed, rank, sizes, batch, dtype)[0]
+        shards_before = [shard.detach().clone() for shard in shards]
         after = _counted(watched(lambda: y.backward(given)), n)
+        pairs = {"`x`": [(x, x_before)], "`shard`": list(zip(shards, shards_before, strict=True)),
+                 "the gradient that backward is given": [(given, gradient)]}  # fmt: skip
         seen.kept |= {"backward": after.calls, "x": x.grad, "shards": [s.grad for s in shards]}
-        seen.kept["changed"] = "" if same_x else "x"
-        if not torch.equal(given, gradient):
-            seen.kept["changed"] = "gradient"
+        seen.kept["changed"] = [what for what, both in pairs.items() if not all(torch.equal(a, b) for a, b in both)]
         for name in ("reference", "torchs", "hidden", "unwaited"):
             setattr(seen, name, getattr(seen, name) or getattr(after, name))
     return seen
@@ -424,10 +424,14 @@ def _judge_use(seen, seed, sizes, batch, dtype, about):
     mistakes = [("x has the mean of the ranks' gradients: its rows are this rank's own", [sum(x_grads) / n] * n)]
     if batch == 1:
         _judge_memory(seen, size, about)
-        mistakes = [(KEPT_SINCE, x_grads)]
         if not all(one.kept["copy"] for one in seen):  # a copy of the shard is not a whole weight
             x_grads = [CHANGED * g for g in x_grads]
-    same([one.kept["x"] for one in seen], x_grads, "the gradient of x", about, mistakes)
+    try:
+        same([one.kept["x"] for one in seen], x_grads, "the gradient of x", about, mistakes)
+    except Wrong as wrong:
+        if batch == 1:  # it was right in all other cases
+            wrong.diagnosis = KEPT_SINCE
+        raise
     for i in range(len(sizes) - 1):
         whole = [w[i] for w in w_grads]
         total = sum(whole).flatten().chunk(n)
@@ -448,8 +452,7 @@ def _judge_use(seen, seed, sizes, batch, dtype, about):
         same(got, [t / n for t in total], "shard.grad", about, mistakes)
     for rank, one in enumerate(seen):
         where = f"rank {rank}, {about}"
-        if changed := one.kept["changed"]:
-            what = "`x`" if changed == "x" else "the gradient that backward is given"
+        for what in one.kept["changed"]:
             raise Wrong(f"{what} was changed: others may use it too, work on a copy", where)
         for call in one.kept["backward"]:
             if call.op not in ("all_gather", "reduce_scatter", "all_to_all", "send", "recv"):

@@ -531,12 +531,12 @@ def keeps_the_pieces(x, shard, out_features):
     return keep(x, shard, out_features)
 
 
-@mistake("sharded_linear", "backward computes with a weight that was kept from forward")
+@mistake("sharded_linear", "backward computes with a weight, or parts of it, kept from forward")
 def keeps_it_in_numpy(x, shard, out_features):
     return linear_that(lambda weight: weight.numpy().copy(), torch.from_numpy)(x, shard, out_features)
 
 
-@mistake("sharded_linear", "backward computes with a weight that was kept from forward")
+@mistake("sharded_linear", "backward computes with a weight, or parts of it, kept from forward")
 def keeps_a_list(x, shard, out_features):
     as_tensor = lambda numbers: torch.tensor(numbers, dtype=x.dtype)  # noqa: E731
     return linear_that(lambda weight: weight.flatten().tolist(), as_tensor)(x, shard, out_features)
@@ -545,6 +545,35 @@ def keeps_a_list(x, shard, out_features):
 @mistake("sharded_linear", "the gradient that backward is given was changed")
 def divides_what_it_is_given(x, shard, out_features):
     return linear_that(lambda weight: None, None, unchanged=False)(x, shard, out_features)
+
+
+@mistake("sharded_linear", "backward computes with a weight, or parts of it, kept from forward")
+def keeps_the_others_shards(x, shard, out_features):
+    def keep(weight):
+        ours = weight.flatten().chunk(dist.get_world_size())
+        return [None if r == dist.get_rank() else piece.clone() for r, piece in enumerate(ours)]
+
+    def again(pieces):
+        return torch.cat([shard.detach() if piece is None else piece for piece in pieces])
+
+    return linear_that(keep, again)(x, shard, out_features)
+
+
+@mistake("sharded_linear", "`x` was changed: others may use it too, work on a copy")
+def divides_x(x, shard, out_features):
+    class Linear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, shard):
+            ctx.save_for_backward(x, shard)
+            return x @ whole(shard, out_features).T
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x, shard = ctx.saved_tensors
+            x.data /= dist.get_world_size()
+            return gradient @ whole(shard, out_features), scattered(gradient.T @ x, shard)
+
+    return Linear.apply(x, shard)
 
 
 @right("sharded_linear")
@@ -779,6 +808,14 @@ def as_torch_does(gradients, max_norm):
     for g in gradients:
         g.mul_(factor.to(g.dtype))
     return total.sqrt().item()
+
+
+@right("clip_sharded")
+def reduces_and_broadcasts(gradients, max_norm):
+    total = squares(gradients)
+    dist.reduce(total, 0)
+    dist.broadcast(total, 0)
+    return scaled(gradients, total.sqrt(), max_norm)
 
 
 @right("clip_sharded")
