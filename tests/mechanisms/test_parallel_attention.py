@@ -311,7 +311,7 @@ class Prepared:
     [
         (lambda P: P(20, 5), "5 heads cannot be split over 4 ranks.*: 1 or 5 ranks would fit, or 4 or 20 heads"),
         (lambda P: P(24, 12, 2), "2 key-value heads cannot be split over 4 ranks.*: 1 or 2 ranks would fit, or 4 key"),
-        (lambda P: P(10, 4), "embed_dim 10 is a multiple of num_heads 4"),
+        (lambda P: P(10, 4), "embed_dim 10 has to be a multiple of num_heads 4"),
         (lambda P: P.from_module(nn.Linear(2, 2)), r"splits Attention and nn.MultiheadAttention, not Linear\("),
         (lambda P: P.from_module(P(8, 4)), "is split already: its to_module"),
         (lambda P: P.from_module(nn.MultiheadAttention(8, 4, kdim=4)), "with kdim, vdim, add_bias_kv or add_zero_attn"),
