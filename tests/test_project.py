@@ -73,6 +73,13 @@ def test_every_lesson_begins_as_the_first_one_does():
     assert "\n    %pip install " in first[0] and set(first) == {first[0]}
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_between_lessons_lead_somewhere(path):
+    text = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+    for name in re.findall(r"\]\(([^)#]+\.ipynb)", text):
+        assert (path.parent / name).exists(), name
+
+
 def test_the_map_of_lessons_names_every_notebook():
     assert NOTEBOOKS
     for path in NOTEBOOKS:
