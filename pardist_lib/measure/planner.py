@@ -16,8 +16,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from .costs import (
+    STATES,
     Plan,
-    _layer,
     check,
     forward_flops,
     micro_batches,
@@ -185,8 +185,6 @@ def _link(machine, reach):
 
 
 def _bytes_of(states):
-    from .costs import STATES
-
     return STATES[states] if isinstance(states, str) else states
 
 
@@ -223,8 +221,8 @@ def best_plans(model, machine, gpus, batch, *, states="mixed", most=10, max_micr
     if not fits.any():
         least = int(np.argmin(memory["total"]))
         raise ValueError(
-            f"no plan for {gpus} GPUs fits into {machine.memory / 1e9:.4g} GB each: {_plan(plans, least)} comes nearest "
-            f"with {memory['total'][least] / 1e9:.4g} GB"
+            f"no plan for {gpus} GPUs fits into {machine.memory / 1e9:.4g} GB each: {_plan(plans, least)} comes "
+            f"nearest with {memory['total'][least] / 1e9:.4g} GB"
         )
     order = np.lexsort((memory["total"], np.where(fits, seconds["seconds"], np.inf)))
     best, ranked = None, []
@@ -277,9 +275,7 @@ def _all_plans(model, gpus, batch, max_micro):
                     chunks = [v for v in _divisors(model.layers // pp) if v == 1 or (pp > 1 and m % pp == 0)]
                     rows += [(dp, tp, pp, cp, ep, micro, v) for ep in experts for v in chunks]
     table = np.array(rows, dtype=np.int64).reshape(-1, 7)
-    choices = [
-        (sp, zero, how) for sp in (False, True) for zero in range(4) for how in ("none", "selective", "full")
-    ]
+    choices = [(sp, zero, how) for sp in (False, True) for zero in range(4) for how in ("none", "selective", "full")]
     columns = np.repeat(table, len(choices), 0).T
     sp, zero, how = (np.tile(np.array(column), len(table)) for column in zip(*choices, strict=True))
     dp, tp, _, cp = columns[:4]

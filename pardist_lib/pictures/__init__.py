@@ -16,7 +16,8 @@ from .table import Table
 from .timeline import timeline
 from .widgets import Live, contact_sheet, knobs, stepper
 
-__all__ = ["Live", "Picture", "Table",
-           "activations", "bars", "collective", "contact_sheet", "curves", "gradients", "held", "images", "knobs", "matmul",
-           "memory", "messages",
-           "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients", "stepper", "timeline"]
+__all__ = [
+    "Live", "Picture", "Table", "activations", "bars", "collective", "contact_sheet", "curves", "gradients", "held",
+    "images", "knobs", "matmul", "memory", "messages", "process_tree", "ring_steps", "shards", "split_gradients",
+    "stale_gradients", "stepper", "timeline",
+]  # fmt: skip

@@ -81,6 +81,7 @@ def main(folder, mode):
     kill(children)
     shutil.rmtree(folder, ignore_errors=True)  # before torchrun: nobody can come back in
     stop(torchrun)
+    shutil.rmtree(folder, ignore_errors=True)  # its store may have written one more file
 
 
 def start_torchrun(folder, setup, generation):

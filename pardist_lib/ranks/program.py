@@ -95,7 +95,7 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
     command += ["--log-dir", f"{folder}/log", "--redirects", "3", *map(str, options), *target, *map(str, args)]
     log = open(Path(folder, "torchrun.log"), "wb")
     guard = subprocess.Popen(
-        [sys.executable, str(HERE / "guard.py"), *command],
+        [sys.executable, str(HERE / "guard.py"), folder, *command],
         env=os.environ | _environment(1) | {"PYTHONUNBUFFERED": "1"} | (env or {}),
         stdin=subprocess.PIPE,  # the guard ends the program when the notebook's end of this pipe closes
         stdout=log,

@@ -1,31 +1,48 @@
-"""python -m tests.benchmarks [PAIRS]: every comparison in one run, as one table in RESULTS.md."""
+"""python -m tests.benchmarks [PAIRS] [NAME …]: every comparison in one run, as one table in RESULTS.md. With names
+(`sharded`, …) only those files' rows are taken anew; the others stay as they were."""
 
+import os
 import platform
+import re
 import sys
 from datetime import date
+from importlib import import_module
 from pathlib import Path
 
 import torch
 
-from . import collectives, data_parallel, sharded, starting, tensor_parallel, tracing
+FILES = ("starting", "collectives", "tracing", "tensor_parallel", "data_parallel", "sharded")
+RESULTS = Path(__file__).with_name("RESULTS.md")
+HEAD = "| what | ranks | median | low | high | target |\n|---|---|---|---|---|---|\n"
 
 
-def main(pairs):
-    lines = [
-        f"# Benchmarks\n\n{date.today()}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.machine()}, {pairs} interleaved pairs. A ratio is the median of the pairs' ratios with its 95 % "
-        "bootstrap interval; absolute times say little on a shared machine.\n",
-        "| what | ranks | median | low | high | target |",
-        "|---|---|---|---|---|---|",
-    ]
-    for bench in (starting, collectives, tracing, tensor_parallel, data_parallel, sharded):
-        for row in bench.rows(pairs):
+def main(pairs, names):
+    for name in names:
+        rows = []
+        for row in import_module(f"tests.benchmarks.{name}").rows(pairs):
             row = {"unit": "×"} | row
             numbers = " | ".join(f"{row[k]:.3g} {row['unit']}" for k in ("median", "low", "high"))
-            lines.append(f"| {row['name']} | {row['ranks']} | {numbers} | {row['target']} |")
-            print(lines[-1], flush=True)
-    Path(__file__).with_name("RESULTS.md").write_text("\n".join(lines) + "\n")
+            rows.append(f"| {row['name']} | {row['ranks']} | {numbers} | {row['target']} |\n")
+            print(rows[-1], end="", flush=True)
+        keep(name, f"{date.today()}, {pairs} interleaved pairs\n\n{HEAD}{''.join(rows)}")
+
+
+def keep(name, table):
+    """Put a file's table into RESULTS.md, beside those of the others."""
+    text = RESULTS.read_text() if RESULTS.exists() else ""
+    tables = dict(re.findall(r"^## (\w+)\n\n(.*?)(?=\n## |\Z)", text, re.S | re.M)) | {name: table}
+    parts = [
+        "# Benchmarks\n\nA ratio is the median of the pairs' ratios with its 95 % bootstrap interval; absolute times "
+        f"say little on a shared machine. {platform.system()}, {platform.machine()}, {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, torch {torch.__version__}.\n"
+    ]
+    parts += [f"## {file}\n\n{tables[file].rstrip()}\n" for file in FILES if file in tables]
+    RESULTS.write_text("\n".join(parts))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
+    numbers = [int(a) for a in sys.argv[1:] if a.isdigit()]
+    named = [a for a in sys.argv[1:] if not a.isdigit()]
+    if unknown := set(named) - set(FILES):
+        sys.exit(f"there is no benchmark {', '.join(unknown)}: there are {', '.join(FILES)}")
+    main(numbers[0] if numbers else 30, named or FILES)

@@ -34,21 +34,30 @@ def step_events(world=4):
     events = []
     for rank in range(world):
         events.append(event(rank, "compute", "backward", 5.0, 5.009))
-        events += [event(rank, "communication", "all_reduce", 5.002 + 0.002 * i, 5.006 + 0.002 * i, 1_572_864)
-                   for i in range(3)]
+        events += [
+            event(rank, "communication", "all_reduce", 5.002 + 0.002 * i, 5.006 + 0.002 * i, 1_572_864)
+            for i in range(3)
+        ]
     return events
 
 
 def ring_events(world=4):
-    return [e for rank in range(world) for e in (
-        event(rank, "communication", "send", 0.001, 0.002, 400, (rank + 1) % world),
-        event(rank, "communication", "recv", 0.001, 0.003, 400, (rank - 1) % world))]
+    return [
+        e
+        for rank in range(world)
+        for e in (
+            event(rank, "communication", "send", 0.001, 0.002, 400, (rank + 1) % world),
+            event(rank, "communication", "recv", 0.001, 0.003, 400, (rank - 1) % world),
+        )
+    ]
 
 
 def processes(world=4):
-    rows = [{"pid": 100, "parent": 1, "what": "kernel", "threads": 9},
-            {"pid": 200, "parent": 100, "what": "torchrun agent", "threads": 3},
-            {"pid": 300, "parent": 100, "what": "host", "threads": 1}]
+    rows = [
+        {"pid": 100, "parent": 1, "what": "kernel", "threads": 9},
+        {"pid": 200, "parent": 100, "what": "torchrun agent", "threads": 3},
+        {"pid": 300, "parent": 100, "what": "host", "threads": 1},
+    ]
     for rank in range(world):
         rows.append({"pid": 210 + rank, "parent": 200, "what": "worker", "rank": rank, "threads": 1})
         rows.append({"pid": 310 + rank, "parent": 300, "what": "rank", "rank": rank, "threads": 2})
@@ -70,54 +79,101 @@ EXAMPLES = {
     "owners": lambda: pictures.shards((6, 4), [[0], [0], [1], [1], [2], [11]], title="owners"),
     "owners of values": lambda: pictures.shards(np.arange(24).reshape(6, 4), np.arange(24).reshape(6, 4) % 9),
     "mesh": lambda: pictures.shards((1024, 512), np.kron([[0, 1], [2, 3]], np.ones((512, 256), int))),
-    "held": lambda: pictures.held({"weight": [random(128, 64)] * 4, "bias": [[0.5, 1.5, 2]] * 4,
-                                   "rest": [[[1, 2], [3, 4]], None, None, None]}, came_from={"bias": [0] * 4}),
-    "activations": lambda: pictures.activations({
-        "tensor parallel": [("x", "whole"), ("heads", "features"), ("out", "summands"), ("all-reduce", "sent"),
-                            ("x + …", "whole")],
-        "and sequence parallel": [("x", "positions"), ("all-gather", "sent"), ("x", "whole")]}, title="attention"),
+    "held": lambda: pictures.held(
+        {"weight": [random(128, 64)] * 4, "bias": [[0.5, 1.5, 2]] * 4, "rest": [[[1, 2], [3, 4]], None, None, None]},
+        came_from={"bias": [0] * 4},
+    ),
+    "activations": lambda: pictures.activations(
+        {
+            "tensor parallel": [
+                ("x", "whole"),
+                ("heads", "features"),
+                ("out", "summands"),
+                ("all-reduce", "sent"),
+                ("x + …", "whole"),
+            ],
+            "and sequence parallel": [("x", "positions"), ("all-gather", "sent"), ("x", "whole")],
+        },
+        title="attention",
+    ),
     "all-reduce": lambda: pictures.collective("all_reduce", OWN, [SUMS] * 4),
     "all-gather of eight": lambda: pictures.collective(
-        "all_gather", [[f"a{r}"] for r in range(8)], [[f"a{r}" for r in range(8)]] * 8),
+        "all_gather", [[f"a{r}"] for r in range(8)], [[f"a{r}" for r in range(8)]] * 8
+    ),
     "scatter": lambda: pictures.collective("scatter", [OWN[0], None, None, None], [[c] for c in OWN[0]]),
     "ring": lambda: pictures.ring_steps(ring_states(4)[2:4])[1],
-    "gradients": lambda: pictures.gradients([random(10, 64, seed=s) for s in range(4)], [np.ones((10, 64))] * 4,
-                                            title="gradient of 2.weight"),
+    "gradients": lambda: pictures.gradients(
+        [random(10, 64, seed=s) for s in range(4)], [np.ones((10, 64))] * 4, title="gradient of 2.weight"
+    ),
     "bias gradients": lambda: pictures.gradients([random(4, seed=s) for s in range(8)]),
     "curves": lambda: pictures.curves({"one process": LOSS, "four ranks": [*LOSS[:3], 0.5 + 3e-8]}, difference=True),
     "curves of ranks": lambda: pictures.curves({f"rank {r}": np.add(LOSS, r) for r in range(8)}, ticks=list("abcd")),
     "promised": lambda: pictures.curves({"one": LOSS, "four": np.add(LOSS, [2e-8, 0, 3e-7, 5e-8])}, difference=1e-6),
     "ring of values": lambda: pictures.ring_steps([[[1, 2], [10, 20]], [[1, 22], [11, 20]], [[11, 22], [11, 22]]])[1],
     "many curves": lambda: pictures.curves({f"a fairly long label {i}": np.add(LOSS, i) for i in range(6)}, log=True),
-    "bars": lambda: pictures.bars({"all_reduce": [3_000_000] * 4, "broadcast": [1_000_000, 0, 0, 0]},
-                                  {"all_reduce": 3_000_000, "broadcast": [1_000_000, 0, 0, 0]}, title="sent"),
+    "bars": lambda: pictures.bars(
+        {"all_reduce": [3_000_000] * 4, "broadcast": [1_000_000, 0, 0, 0]},
+        {"all_reduce": 3_000_000, "broadcast": [1_000_000, 0, 0, 0]},
+        title="sent",
+    ),
     "stale gradients": lambda: pictures.stale_gradients(
-        [(1, 0, 0), (2, 0, 1), (1, 1, 2), (3, 0, 3), (1, 3, 4), (2, 2, 5)], title="three workers"),
+        [(1, 0, 0), (2, 0, 1), (1, 1, 2), (3, 0, 3), (1, 3, 4), (2, 2, 5)], title="three workers"
+    ),
     "many stale gradients": lambda: pictures.stale_gradients([(1 + i % 2, max(i - 1, 0), i) for i in range(60)]),
-    "memory": lambda: pictures.memory({
-        "plain": {"parameters": [4e6] * 4, "gradients": [4e6] * 4, "optimizer state": [8e6] * 4},
-        "stage 3": {"parameters": [1e6] * 4, "gradients": [1e6] * 4, "optimizer state": [2e6, 2e6, 2e6, 1.9e6]}},
-        {"plain": 16e6, "stage 3": 4.5e6}, title="float32 and AdamW"),
+    "memory": lambda: pictures.memory(
+        {
+            "plain": {"parameters": [4e6] * 4, "gradients": [4e6] * 4, "optimizer state": [8e6] * 4},
+            "stage 3": {"parameters": [1e6] * 4, "gradients": [1e6] * 4, "optimizer state": [2e6, 2e6, 2e6, 1.9e6]},
+        },
+        {"plain": 16e6, "stage 3": 4.5e6},
+        title="float32 and AdamW",
+    ),
     "timeline": lambda: pictures.timeline(step_events()),
     "ring timeline": lambda: pictures.timeline(ring_events()),
     "process tree": lambda: pictures.process_tree(processes(8)),
     "matmul in rows": lambda: pictures.matmul(random(9, 5), random(5, 7), random(9, 7), (ROWS, -1, ROWS), title="rows"),
     "matmul summed": lambda: pictures.matmul(
-        np.ones((3, 4)), np.ones((4, 5)), np.full((3, 5), 4), (np.arange(4), np.arange(4)[:, None], -1),
-        summands=[np.ones((3, 5))] * 4, title="inner", note="summed", lines=["an all-reduce of A"]),
+        np.ones((3, 4)),
+        np.ones((4, 5)),
+        np.full((3, 5), 4),
+        (np.arange(4), np.arange(4)[:, None], -1),
+        summands=[np.ones((3, 5))] * 4,
+        title="inner",
+        note="summed",
+        lines=["an all-reduce of A"],
+    ),
     "summa": lambda: pictures.matmul(
-        np.ones((4, 6)), np.ones((6, 2)), np.ones((4, 2)),
-        [np.kron(GRID, np.ones(block, int)) for block in ((2, 3), (3, 1), (2, 1))], panel=(0, 3), title="SUMMA",
-        lines=["rank 0 → rank 1", "rank 2 → rank 3"]),
-    "split gradients": lambda: pictures.split_gradients({
-        "fc1.weight": (random(20, 10), np.split(random(20, 10), 4), 0),
-        "fc2.weight": (random(3, 8), np.split(random(3, 8) + 0.1, 4, 1), 1),
-        "fc2.bias": (random(10), [random(10)] * 4, None)}, title="over 4 ranks"),
-    "images": lambda: pictures.images({"digits": random(7, 8, 8), "what the server\nmade of them": random(12, 8, 8)},
-                                      title="digits", note="black is ink"),
-    "messages": lambda: pictures.messages(["vector", "own mask", "with 1", "message"], {
-        "client 0": [(7, "secret"), (55, "restored"), ("+31", "secret"), (93, "sent")],
-        "client 1": [(12, "secret"), (8, "secret"), None, (12, "gone")], "sum": [None, None, None, (7, "result")]},
-        title="secure aggregation", note="modulo 100", line="The server adds up what it has."),
+        np.ones((4, 6)),
+        np.ones((6, 2)),
+        np.ones((4, 2)),
+        [np.kron(GRID, np.ones(block, int)) for block in ((2, 3), (3, 1), (2, 1))],
+        panel=(0, 3),
+        title="SUMMA",
+        lines=["rank 0 → rank 1", "rank 2 → rank 3"],
+    ),
+    "split gradients": lambda: pictures.split_gradients(
+        {
+            "fc1.weight": (random(20, 10), np.split(random(20, 10), 4), 0),
+            "fc2.weight": (random(3, 8), np.split(random(3, 8) + 0.1, 4, 1), 1),
+            "fc2.bias": (random(10), [random(10)] * 4, None),
+        },
+        title="over 4 ranks",
+    ),
+    "images": lambda: pictures.images(
+        {"digits": random(7, 8, 8), "what the server\nmade of them": random(12, 8, 8)},
+        title="digits",
+        note="black is ink",
+    ),
+    "messages": lambda: pictures.messages(
+        ["vector", "own mask", "with 1", "message"],
+        {
+            "client 0": [(7, "secret"), (55, "restored"), ("+31", "secret"), (93, "sent")],
+            "client 1": [(12, "secret"), (8, "secret"), None, (12, "gone")],
+            "sum": [None, None, None, (7, "result")],
+        },
+        title="secure aggregation",
+        note="modulo 100",
+        line="The server adds up what it has.",
+    ),
     "contact sheet": lambda: pictures.contact_sheet(pictures.ring_steps(ring_states(3))),
 }

@@ -358,11 +358,20 @@ def test_wrong_input_is_told(message):
 
 # matmul
 
+
 def test_matmul_says_who_holds_what():
     b, c, ranks = np.arange(8).reshape(2, 4), np.arange(12).reshape(4, 3), np.array([0, 0, 1, 1])
     summands = [b[:, :2] @ c[:2], b[:, 2:] @ c[2:]]
-    picture = pictures.matmul(b, c, b @ c, (ranks, ranks[:, None], -1), summands=summands, panel=(2, 4), title="inner",
-                              lines=["an all-reduce of A"])
+    picture = pictures.matmul(
+        b,
+        c,
+        b @ c,
+        (ranks, ranks[:, None], -1),
+        summands=summands,
+        panel=(2, 4),
+        title="inner",
+        lines=["an all-reduce of A"],
+    )
     assert "B: rank 0 columns 0–1 and rank 1 columns 2–3. C: rank 0 rows 0–1 and rank 1 rows 2–3." in picture.alt
     assert "A: whole on every rank. 2 summands as large as A" in picture.alt and "indices 2 to 3 travel" in picture.alt
     assert picture.alt.endswith("an all-reduce of A.")

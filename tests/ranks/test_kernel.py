@@ -175,8 +175,11 @@ def test_a_program_goes_with_its_kernel(notebook, tmp_path):
         time.sleep(0.2)
     family = notebook.family()
     assert len(family) >= 4  # guard, torchrun, two ranks
+    folder = next(p.cmdline()[2] for p in family if p.cmdline()[1].endswith("guard.py"))
+    assert os.path.isdir(folder)
     os.kill(notebook.manager.provisioner.pid, signal.SIGKILL)
     assert gone(family, within=5)
+    assert not os.path.exists(folder)
 
 
 def test_two_notebooks_at_once():
