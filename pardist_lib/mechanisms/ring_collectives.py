@@ -68,7 +68,7 @@ def ring_all_gather(tensor, sizes=None, out=None, group=None, *, piece_bytes=PIE
     """
     rank, n = place(group)
     shards, out = room_for_all(tensor, sizes, out, rank, n)
-    if shards[rank].data_ptr() != tensor.data_ptr():  # else it is in its place already
+    if shards[rank].data_ptr() != tensor.data_ptr() or not tensor.is_contiguous():  # else it is in its place already
         shards[rank].copy_(tensor.detach().view_as(shards[rank]))
     parts = pieces(shards, piece_bytes)
     overlap(_ring_gather(k, parts, rank, n, group) for k in range(len(parts[0])))
