@@ -1,0 +1,294 @@
+"""Mixed precision: compute in 16 bits, remember in 32, and scale the loss so that small gradients survive.
+
+                bits: sign, exponent, mantissa    smallest above 0     largest      1 + what is still another number
+    float32     1, 8, 23                          1.4e-45              3.4e38       1.2e-7
+    float16     1, 5, 10                          6.0e-8               65,504       9.8e-4
+    bfloat16    1, 8, 7                           9.2e-41              3.4e38       7.8e-3
+
+Four parts, each of use by itself. `autocast` picks the precision of each operation, weights staying float32.
+`LossScaler` multiplies the loss and divides the gradients again, skips a step whose gradients overflowed, and has all
+ranks agree on that. `average_gradients` reduces them in whatever precision. `MasterWeights` is for models that are
+16 bits throughout. float16 needs the scaler; bfloat16, with float32's exponents, does not.
+
+Sources: Micikevicius et al., "Mixed Precision Training" (2018), sections 3.1 to 3.3; Kalamkar et al., "A Study of
+BFLOAT16 for Deep Learning Training" (2019). The scaler's rules are those of torch.amp.GradScaler.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from .point_to_point import place
+
+__all__ = ["LossScaler", "MasterWeights", "autocast", "average_gradients", "check_precision"]
+
+# What gains from 16 bits: sums of products, which the hardware adds up in 32 …
+LOW = frozenset(
+    "linear bilinear matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv addbmm baddbmm chain_matmul multi_dot einsum "
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention".split()
+)
+# … and what loses: exponents, powers, long sums, losses.
+FULL = frozenset(
+    "exp expm1 log log10 log1p log2 pow __pow__ rsqrt reciprocal sinh cosh tan acos asin erfinv sum prod cumsum "
+    "cumprod norm dist cdist renorm softmax log_softmax softmin softplus layer_norm group_norm cosine_similarity "
+    "cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy_with_logits poisson_nll_loss "
+    "cosine_embedding_loss margin_ranking_loss hinge_embedding_loss triplet_margin_loss gaussian_nll_loss".split()
+)
+
+
+def check_precision(dtype, device="cpu"):
+    """Raise ValueError where `dtype` is neither float16 nor bfloat16, or where the device cannot train with it."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"{dtype} is not a precision for this: torch.float16 or torch.bfloat16")
+    device = torch.device(device)
+    if device.type == "meta":
+        return
+    other = "bfloat16, which needs no loss scale" if dtype == torch.float16 else "float16 with a LossScaler"
+    try:
+        _try(dtype, device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0][:120]
+        raise ValueError(f"{device} cannot compute in {dtype} ({why}): use {other}, or float32") from None
+
+
+def _try(dtype, device):
+    """A layer, forward and backward."""
+    with torch.inference_mode(False), torch.enable_grad():
+        w = torch.ones(8, 8, dtype=dtype, device=device, requires_grad=True)
+        (torch.ones(8, 8, dtype=dtype, device=device) @ w).sum().backward()
+
+
+class autocast(TorchFunctionMode):
+    """`with autocast(torch.float16): loss = model(x)`: every operation in the precision that suits it.
+
+    The arguments of matrix products and convolutions (LOW above) are cast to `dtype`, those of losses, exponents and
+    long sums (FULL) to float32; everything else computes in what it is given. The casts are differentiable, so
+    parameters stay float32, and so do their gradients. A parameter is cast once and used again until the block ends.
+    float64 is left alone. Leave the block before backward.
+
+    The lists are those of torch.autocast on a GPU; on a CPU torch keeps softmax, norms and sums in 16 bits. This sees
+    calls by their Python names: what a ready-made function calls inside of it (multi_head_attention_forward, LSTM)
+    computes in what it was given, where torch's dispatcher looks at each operation.
+
+    Sends nothing. Raises ValueError as `check_precision`.
+    """
+
+    def __init__(self, dtype=torch.bfloat16, device="cpu"):
+        super().__init__()
+        check_precision(dtype, device)
+        self.dtype, self._casts = dtype, {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in LOW:
+            args, kwargs = self._cast((args, kwargs), self.dtype)
+        elif name in FULL:
+            args, kwargs = self._cast((args, kwargs), torch.float32)
+        return func(*args, **kwargs)
+
+    def __exit__(self, *error):
+        self._casts.clear()
+        return super().__exit__(*error)
+
+    def _cast(self, value, dtype):
+        if isinstance(value, torch.Tensor):
+            known = value.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            return value if not known or value.dtype == dtype else self._casted(value, dtype)
+        if isinstance(value, dict):
+            return {key: self._cast(part, dtype) for key, part in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)(self._cast(part, dtype) for part in value)
+        return value
+
+    def _casted(self, tensor, dtype):
+        if not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(dtype)
+        key = id(tensor), dtype, torch.is_grad_enabled()  # what was cast under no_grad has no way back
+        if key not in self._casts:
+            self._casts[key] = tensor, tensor.to(dtype)  # the tensor too, so that its id stays its own
+        return self._casts[key][1]
+
+
+class LossScaler:
+    """Scales the loss up before backward and the gradients down before the step, as torch.amp.GradScaler does.
+
+        scaler = LossScaler()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)       # only where gradients are looked at or clipped before the step
+        scaler.step(optimizer)           # skipped where a gradient is infinite or NaN, on all ranks or on none
+        scaler.update()                  # × backoff_factor after a skip, × growth_factor after enough good steps
+
+    agree=True: the verdict is the maximum over `group`, 4 bytes to all_reduce for each optimizer and step. It is needed
+    wherever ranks look at different gradients: shards, or gradients that are not yet reduced. Without it one rank
+    steps and another does not, and they never meet again. Where gradients were averaged by an all-reduce before,
+    False does: one rank's infinity is then in everybody's mean.
+
+    A scale that would grow beyond float32's range stays. Raises ValueError for a scale that is not finite and above
+    0, growth_factor <= 1, backoff_factor outside (0, 1), growth_interval < 1, and for gradients that are float16
+    themselves; RuntimeError where unscale_, step and update do not follow each other.
+    """
+
+    def __init__(self, init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, *,
+                 group=None, agree=True):  # fmt: skip
+        if not (math.isfinite(init_scale) and 0 < _float32(init_scale) < math.inf):
+            raise ValueError(f"init_scale is what the loss is multiplied by, above 0 and finite, not {init_scale}")
+        if not 1 < growth_factor < math.inf:
+            raise ValueError(f"growth_factor is above 1, or the scale would not grow, not {growth_factor}")
+        if not 0 < backoff_factor < 1:
+            raise ValueError(f"backoff_factor is between 0 and 1, or the scale would not fall, not {backoff_factor}")
+        if not isinstance(growth_interval, int) or growth_interval < 1:
+            raise ValueError(f"growth_interval is a number of good steps, 1 or more, not {growth_interval!r}")
+        if agree:
+            place(group)
+        self._scale, self._good_steps = _float32(init_scale), 0
+        self.growth_factor, self.backoff_factor, self.growth_interval = growth_factor, backoff_factor, growth_interval
+        self.group, self.agree = group, agree
+        self._state = {}  # optimizer: ["unscaled" or "stepped", whether a gradient overflowed]
+
+    def get_scale(self):
+        return self._scale
+
+    def scale(self, loss):
+        """The loss times the scale; of a 16-bit loss as float32, where it has room."""
+        if not loss.dtype.is_floating_point:
+            raise ValueError(f"the loss is {loss.dtype}: it has to be a floating-point tensor")
+        return (loss.float() if loss.element_size() == 2 else loss) * self._scale
+
+    @torch.no_grad()
+    def unscale_(self, optimizer):
+        """Divide the optimizer's gradients by the scale, in place, and find out whether any rank's overflowed.
+
+        Returns that. Once for each optimizer and step, after all micro-batches have been added up.
+        """
+        if optimizer in self._state:
+            done = self._state[optimizer][0]
+            raise RuntimeError(f"this optimizer's gradients are {done} already: once for each step, then update()")
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [p.grad for p in held if p.grad is not None]
+        if any(g.dtype == torch.float16 for g in gradients):
+            raise ValueError(
+                "these gradients are float16: unscaled there, the small ones would be lost after all. Keep float32 "
+                "parameters under autocast, or wrap the model in MasterWeights and give the optimizer its parameters()"
+            )
+        device = held[0].device
+        overflow = torch.zeros((), device=device)
+        for g in gradients:
+            overflow.clamp_(min=(~(g._values() if g.is_sparse else g).isfinite().all()).to(device).float())
+            g.mul_(1 / self._scale)
+        if self.agree:
+            dist.all_reduce(overflow, dist.ReduceOp.MAX, group=self.group)
+        self._state[optimizer] = ["unscaled", bool(overflow.item())]
+        return self._state[optimizer][1]
+
+    def step(self, optimizer):
+        """optimizer.step() with unscaled gradients, unless they overflowed somewhere. Returns whether it was made."""
+        if optimizer not in self._state:
+            self.unscale_(optimizer)
+        state = self._state[optimizer]
+        if state[0] == "stepped":
+            raise RuntimeError("this optimizer has stepped already: call update() before the next one")
+        state[0] = "stepped"
+        if not state[1]:
+            optimizer.step()
+        return not state[1]
+
+    def update(self):
+        """Adjust the scale, once after the step of all optimizers."""
+        if not self._state:
+            raise RuntimeError("no gradients were looked at since the last update(): call step(optimizer) first")
+        if any(overflowed for _, overflowed in self._state.values()):
+            self._scale, self._good_steps = _float32(self._scale * self.backoff_factor), 0
+        else:
+            self._good_steps += 1
+            if self._good_steps == self.growth_interval:
+                grown = _float32(self._scale * self.growth_factor)
+                self._scale, self._good_steps = grown if math.isfinite(grown) else self._scale, 0
+        self._state.clear()
+
+    def state_dict(self):
+        """In the form of torch's GradScaler, which can load it."""
+        return {
+            "scale": self._scale,
+            "growth_factor": self.growth_factor,
+            "backoff_factor": self.backoff_factor,
+            "growth_interval": self.growth_interval,
+            "_growth_tracker": self._good_steps,
+        }
+
+    def load_state_dict(self, state):
+        """Also takes torch's GradScaler's. The same on all ranks, or they part ways."""
+        new = LossScaler(state["scale"], state["growth_factor"], state["backoff_factor"], state["growth_interval"],
+                         group=self.group, agree=self.agree)  # fmt: skip
+        new._good_steps = state["_growth_tracker"]
+        self.__dict__.update(new.__dict__)
+
+
+def _float32(number):
+    """The nearest float32, as a Python number: the scale is kept as torch keeps it."""
+    return torch.tensor(float(number), dtype=torch.float64).float().item()
+
+
+@torch.no_grad()
+def average_gradients(parameters, dtype=None, group=None):
+    """Replace every gradient by its mean over the ranks; `dtype` is the precision in which they travel and add up.
+
+    dtype None sends each gradient as it is. float16 and bfloat16 hand 2 bytes an element to all_reduce, instead of 4;
+    each gradient is divided by the number of ranks before it is cast, so that the sum cannot overflow where the mean
+    does not. With a LossScaler, call this before `unscale_`: scaled gradients are those that float16 can hold.
+    One all_reduce for each dtype and device. Every rank needs gradients for the same parameters.
+    """
+    _, n = place(group)
+    alike = {}
+    for p in parameters:
+        if p.grad is not None:
+            alike.setdefault((dtype or p.grad.dtype, p.grad.device), []).append(p.grad)
+    for (travel, _), gradients in alike.items():
+        line = torch.cat([g.flatten().div(n).to(travel) for g in gradients])
+        dist.all_reduce(line, group=group)
+        for g, mean in zip(gradients, line.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(mean.view_as(g))
+
+
+class MasterWeights:
+    """A model of 16 bits throughout, and a float32 copy of its weights on which the optimizer steps.
+
+        masters = MasterWeights(model, torch.bfloat16)
+        optimizer = torch.optim.AdamW(masters.parameters())
+        scaler.scale(loss).backward()              # gradients of 16 bits, in the model
+        masters.take_gradients()                   # as float32, in the masters
+        average_gradients(masters.parameters())
+        scaler.step(optimizer), scaler.update()
+        masters.give_back()                        # the model's weights: the masters, rounded
+
+    Why: a step of SGD changes a weight by about a thousandth or less, which 16 bits round away: 1 + 0.0004 is 1 in
+    float16. Bytes a parameter with AdamW: 2 + 2 in the model, 4 (and 4 for the gradient) + 8 for the masters.
+
+    The module is changed in place; frozen parameters and buffers become `dtype` too, shared parameters stay shared.
+    Sends nothing. Raises ValueError as `check_precision`.
+    """
+
+    @torch.no_grad()
+    def __init__(self, module, dtype=torch.bfloat16):
+        low = list(module.parameters())
+        check_precision(dtype, low[0].device if low else "cpu")
+        self._pairs = [(p, torch.nn.Parameter(p.detach().float().clone())) for p in low if p.requires_grad]
+        module.to(dtype)
+
+    def parameters(self):
+        return [master for _, master in self._pairs]
+
+    @torch.no_grad()
+    def take_gradients(self):
+        """Move the model's gradients to the masters, adding to what is there, and clear them."""
+        for p, master in self._pairs:
+            if p.grad is not None:
+                master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+                p.grad = None
+
+    @torch.no_grad()
+    def give_back(self):
+        for p, master in self._pairs:
+            p.copy_(master)
