@@ -1,11 +1,14 @@
-"""What a gradient tells about the rows it was computed from: two attacks, and how alike two digits are.
+"""What a gradient tells about the rows it was computed from: three attacks, and how alike two digits are.
 
 read_off   a first layer with a bias: each row of its weight's gradient is (a number) · x, and the bias's gradient is
            that number. One division, for a single row exact (Phong et al. 2017; Geiping et al. 2020, prop. 3.1).
 invert     any network: begin with noise and change it until *its* gradient is the one that was seen (Zhu et al. 2019,
            "Deep Leakage from Gradients"; Geiping et al. 2020, "Inverting Gradients": cosine distance, smoothness).
+look_up    pictures of the same kind that anybody may have, and the gradient of each: those that the message is most
+           like. It rebuilds nothing exactly, but noise that stops the other two leaves it a long way to go: it asks for
+           one of many pictures, not for each pixel.
 
-Both look at all messages at once, which is fast and changes nothing. `strongest` tries both with many settings and
+All look at all messages at once, which is fast and changes nothing. `strongest` tries them with many settings and
 takes the ones that do best on the true digits: more than an attacker could know, so that no defence is flattered.
 """
 
@@ -18,6 +21,7 @@ from pardist_lib.mechanisms.dp_sgd import per_sample_gradients
 
 SETTINGS = [("read off", {"units": k}) for k in (1, 8, 64)]
 SETTINGS += [("invert", {"match": m, "smooth": s}) for m in ("squares", "cosine") for s in (0.0, 0.01)]
+SETTINGS += [("look up", {"many": k}) for k in (1, 10)]
 
 
 def messages_of(model, x, y):
@@ -79,6 +83,21 @@ def invert(messages, model, *, rows=1, match="cosine", smooth=0.0, steps=150, lr
     return x.detach()
 
 
+def likest(messages, model, public, many=1):
+    """(b, many): the numbers of the public rows whose gradients point most nearly where each message points.
+
+    public: (x, y), rows of the same kind. Where all gradients are clipped to one length and the noise is Gaussian, the
+    first is the likeliest of them.
+    """
+    known = F.normalize(messages_of(model, *public), dim=1)
+    return (messages @ known.T).topk(many, 1).indices
+
+
+def look_up(messages, model, public, many=1):
+    """(b, P) -> (b, inputs): for each message the mean of the `many` public rows most like it."""
+    return public[0][likest(messages, model, public, many)].mean(1)
+
+
 def similarity(found, true, average, low=-1.5, high=2.0):
     """(what is particular to the digit, the whole picture): the structural similarity of each pair, two tensors (b,).
 
@@ -105,15 +124,20 @@ def matched(found, true, average):
     return found[order]
 
 
-def strongest(messages, model, true, average, settings=SETTINGS, **options):
+def strongest(messages, model, true, average, settings=SETTINGS, public=None, **options):
     """(its name, (b, inputs), the two similarities) of the attack that does best, by the median over all messages.
 
     Best is what has the larger of the two medians, so that neither of the two figures is too kind to a defence.
+    public: (x, y), rows that anybody may have; without them nothing is looked up.
     """
     best = None
     for kind, setting in settings:
         if kind == "read off":
             found = read_off(messages, model, **setting)
+        elif kind == "look up":
+            if public is None:
+                continue
+            found = look_up(messages, model, public, **setting)
         else:
             found = invert(messages, model, **setting, **options)[:, 0]
         alike = similarity(found, true, average)

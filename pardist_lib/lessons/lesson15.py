@@ -83,6 +83,10 @@ def _whole(got, expected, labels, what):
                 said = "negative" if (value < 0).any() else "2**32 or more"
                 why = f"the numbers are right modulo 2**32, but some are {said}: take % 2**32 at the end"
                 raise Wrong(why, label, show(want), show(value))
+            rounded = torch.equal(value, value.float().long()) and torch.allclose(value.double(), want.double(), 1e-5)
+            if rounded and not torch.equal(want, want.float().long()):
+                why = "right to about 7 digits only: whole numbers of 32 bits went through float32, which holds 24"
+                raise Wrong(why, label, show(want), show(value))
 
 
 def _numbers(size, seed):
@@ -95,7 +99,7 @@ def _numbers(size, seed):
 def _average_clients(answer, hosted, rows, d, dtype, seed, groups):
     rank = dist.get_rank()
     mine = {c: values((d,), dtype, c, seed) for c in hosted[rank]}
-    counts = {c: rows[c] for c in hosted[rank]}
+    counts = {c: rows[c] for c in reversed(hosted[rank])}  # a dict is asked by its keys, not by its order
     given = copy.deepcopy((mine, counts))
     seen = watched(answer, *given, **_mine(groups))
     seen.kept = not _alike((mine, counts), given)
@@ -165,6 +169,8 @@ def _judge_clients(seen, hosted, everywhere, rows, d, dtype, seed, members, abou
         ("divided by this rank's rows only: the others' rows have to be added up too",
          [mean * total / sum(rows[c] for c in one) for one in hosted]),
         ("nothing was exchanged: this is the mean of the rank's own clients", own),
+        ("rows and updates were paired by their order: look both up by the client",
+         sum(rows[a] * update[c] for one in hosted for a, c in zip(reversed(one), one, strict=True)) / total),
         ("a client's weight is upside down: more rows have to count more", _upside_down(update, rows, all_of_us)),
         ("the group argument is ignored: this is the mean over all ranks' clients",
          weighted(elsewhere) if outside else None),
@@ -214,6 +220,7 @@ class fixed_point:
             (torch.tensor([[0.1, -0.1, 12.75], [3.0, -3.3, 1e-9]]), 10, 16),
             (torch.tensor([limit(8), -limit(8), limit(8) - 1.0], dtype=F64), 8, 0),
             (torch.tensor([limit(100) / 2**12, -limit(100) / 2**12], dtype=F64), 100, 12),
+            (torch.tensor([limit(8) + 0.25, -limit(8) - 0.25], dtype=F64), 8, 0),
         ]
         bad = [
             (torch.tensor([1.0, 40000.0]), 3, 16, "a value that alone leaves 32 bits"),
@@ -230,6 +237,10 @@ class fixed_point:
         inputs = [(v.double(), *rest) for v, *rest in good] + [(v.double(), *rest) for v, *rest, _ in bad]
         labels = [f"values {show(v)}, {c} clients, {bits} fraction bits" for v, c, bits in inputs]
         got = _in_one_process(run, inputs, labels)
+        edge = len(good) - 1
+        if isinstance(got[edge], str) and not any(isinstance(value, str) for value in got[:edge]):
+            why = "the range is checked before rounding: it is the whole number that may be as large as the limit"
+            raise Wrong(why, labels[edge])
         _judge_encoding(inputs[: len(good)], got[: len(good)], labels)
         for value, label, (*_, kind) in zip(got[len(good) :], labels[len(good) :], bad, strict=True):
             if not (isinstance(value, str) and value.startswith("ValueError")):
@@ -256,6 +267,8 @@ def _judge_encoding(inputs, got, labels):
         ("multiplied by fraction_bits, not by 2**fraction_bits", each(lambda v, c, b: (v * b).round().long())),
         ("divided by 2**fraction_bits: the fraction is lost", each(lambda v, c, b: (v / 2**b).round().long())),
         ("rounded first, then scaled: the fraction is lost", each(lambda v, c, b: (v.round() * 2**b).long())),
+        ("negative numbers are one too small: modulo 2**32, not 2**32 - 1",
+         each(lambda v, c, b: (v * 2**b).round().long() % (FIELD - 1))),
         ("the sign is lost: -1 has to become 2**32 - 1", each(lambda v, c, b: (v * 2**b).round().abs().long())),
         ("negative numbers are cut off at zero", each(lambda v, c, b: (v * 2**b).round().clamp(min=0).long())),
         ("divided by the number of clients: that makes their mean, and loses digits",
@@ -358,10 +371,10 @@ class unmask_sum:
                   for n, gone in cases]  # fmt: skip
         got = _in_one_process(run, inputs, labels)
 
-        def each(own=-1, sign=lambda gone, c: -1 if gone > c else 1, wrap=FIELD):
+        def each(own=-1, sign=lambda gone, c: -1 if gone > c else 1, wrap=FIELD, some=slice(None)):
             return [
                 (sum(m.values()) + own * sum(o.values())
-                 + sum(sign(g, c) * p for g, masks in pairs.items() for c, p in masks.items())) % wrap
+                 + sum(sign(g, c) * p for g, masks in list(pairs.items())[some] for c, p in masks.items())) % wrap
                 for m, o, pairs in inputs
             ]  # fmt: skip
 
@@ -378,6 +391,8 @@ class unmask_sum:
              each(sign=lambda g, c: -1)),
             ("all pair masks are added: a client with a lower number than the silent one had added its mask",
              each(sign=lambda g, c: 1)),
+            ("the masks of one client that fell silent are taken off, not those of all", each(some=slice(1))),
+            ("the masks of one client that fell silent are taken off, not those of all", each(some=slice(-1, None))),
             ("the own masks are still in it: take them off", each(own=0)),
             ("the own masks are added once more: take them off", each(own=1)),
             ("neither own masks nor pair masks were taken off: this is the sum of the messages",
@@ -474,10 +489,10 @@ class clip_and_add:
 D = 20_000  # numbers; the measured deviation of that many is right to 0.5 %
 
 
-def _noisy(answer, clip, sigma, dtype, seed, groups, d):
+def _noisy(answer, clip, sigma, dtype, seed, groups, d, rows):
     """On a rank: the answer, and what it did with the generator and with the message it sent."""
     rank = dist.get_rank()
-    total = values((d,), dtype, rank, seed)
+    total = values((d,), dtype, rank, seed) * rows
     kept, generator = total.clone(), torch.Generator().manual_seed(99_991 + 77 * seed + rank)
     state = torch.get_rng_state()
     options = _mine(groups)
@@ -513,14 +528,16 @@ class noisy_sum:
     def check(run):
         cases = [(4, 0.3, 5.0, F64, ()), (2, 3.0, 1.25, F32, ()), (4, 4.0, 0.7, F64, ALONE),
                  (4, 0.3, 2.0, F64, PAIRS), (3, 0.2, 6.0, F32, ())]  # fmt: skip
+        cases += [(4, 0.5, 3.0, F64, ())]  # the last: no row took part in this step
         for seed, (n, clip, sigma, dtype, groups) in enumerate(cases):
-            about = f"{_named(groups, n)}, clip {clip}, sigma {sigma}"
-            seen = run(_noisy, clip, sigma, dtype, seed, groups, D, n=n, about=about)
+            rows = seed < len(cases) - 1
+            about = f"{_named(groups, n)}, clip {clip}, sigma {sigma}" + ("" if rows else ", all totals zero")
+            seen = run(_noisy, clip, sigma, dtype, seed, groups, D, rows, n=n, about=about)
             for members in groups or [list(range(n))]:
-                _judge_noise([seen[r] for r in members], seen, members, clip, sigma, about)
+                _judge_noise([seen[r] for r in members], seen, members, clip, sigma, about, rows)
 
 
-def _judge_noise(mine, everyone, members, clip, sigma, about):
+def _judge_noise(mine, everyone, members, clip, sigma, about, rows=True):
     only_calls(mine, ("all_reduce",), OTHER_CALLS)
     n, stated = len(mine), sigma * clip
     kept = [one.kept for one in mine]
@@ -547,9 +564,18 @@ def _judge_noise(mine, everyone, members, clip, sigma, about):
                     "rank, and the messages went out without any", about)  # fmt: skip
     if any(k["global"] for k in kept):
         raise Wrong("noise is drawn without the generator that was given: torch.randn(…, generator=generator)", about)
+    added = [(k["sent"] or [one.result])[0] for one, k in zip(mine, kept, strict=True)]
+    added = [a.double() - k["before"].double() for a, k in zip(added, kept, strict=True) if a.shape == (D,)]
+    if mine[0].kept["before"].dtype == F64:
+        for rank, own in zip(members, added, strict=False):
+            _judge_share(own, f"rank {rank}, {about}")
     quiet = [r for r, k in zip(members, kept, strict=True) if k["untouched"]]
     if spread[0] < 1e-3 * stated:
-        raise Wrong("there is no noise", about, **shown)
+        why = "there is no noise" + ("" if rows else " where the total is zero: that no row took part is a secret too")
+        raise Wrong(why, about, **shown)
+    if quiet and len(added) == n and added[members.index(quiet[0])].any():
+        raise Wrong("the generator that was given has not moved on: the next call would add the same noise again, and "
+                    "the difference of two messages would have none", f"rank {quiet[0]}, {about}")  # fmt: skip
     if quiet:
         raise Wrong(f"rank {quiet[0]} adds no noise: its message goes out as it is", f"rank {quiet[0]}, {about}")
     size = mine[0].kept["before"].nbytes
@@ -561,7 +587,7 @@ def _judge_noise(mine, everyone, members, clip, sigma, about):
         if n > 1 and sum(c.bytes for c in one.calls) != size:
             made = sum(c.bytes for c in one.calls)
             raise Wrong(f"{made:,} bytes are all-reduced: once the {size:,} bytes of the sum is enough", about)
-    scale = _share(mine[0].result.double(), total)
+    scale = _share(mine[0].result.double(), total) if rows else 1.0
     if abs(scale - 1) > 0.15:
         raise Wrong(f"the sum itself is {scale:.2g} times what it should be, noise apart", about)
     centre = sum(x.mean().item() for x in noise) / n
@@ -597,6 +623,22 @@ def _judge_noise(mine, everyone, members, clip, sigma, about):
                     ", ".join(f"{s:.3g}" for s in shares))  # fmt: skip
 
 
+def _judge_share(own, where):
+    """Raise Wrong where one rank's noise, float64, leaves some direction without any."""
+    if not own.any():
+        return
+    if (own == 0).any():
+        bare = (own == 0).nonzero().flatten()
+        raise Wrong(f"{len(bare):,} of the {D:,} numbers go out without noise, the first at place {bare[0].item()}: "
+                    "every one needs its own", where)  # fmt: skip
+    steps = (own.abs() / own.square().mean().sqrt() * 1e6).round()
+    if len(steps.unique()) < 0.9 * D:
+        raise Wrong("the same noise is on several numbers: their difference has none. Every number needs its own",
+                    where, f"{D:,} different ones", f"{len(steps.unique()):,}")  # fmt: skip
+    if abs(own.mean()) < 1e-9 * own.std():
+        raise Wrong("the noise adds up to zero over the numbers: their sum goes out without any", where)
+
+
 def _share(found, of):
     """How much of the tensor `of` is in `found`: 1 where it is all there."""
     return (found @ of / (of @ of)).item()
@@ -618,7 +660,8 @@ class rate_and_steps:
     @staticmethod
     def check(run):
         inputs = [([15000] * 4, 150, 15), ([900, 300, 240], 60, 4), ([100], 7, 3), ([30, 10], 40, 5),
-                  ([1000, 2, 400, 38], 90, 1), ([50, 50], 12.5, 2), ([360] * 4, 144, 20)]  # fmt: skip
+                  ([1000, 2, 400, 38], 90, 1), ([50, 50], 12.5, 2), ([360] * 4, 144, 20),
+                  ([301, 300, 240], 60, 4)]  # fmt: skip
         labels = [f"rows {rows}, batch {batch}, {epochs} epochs" for rows, batch, epochs in inputs]
         got = _in_one_process(run, inputs, labels)
         for value, label in zip(got, labels, strict=True):
@@ -640,9 +683,12 @@ class rate_and_steps:
             ("multiplied by the epochs: the rate is that of one step", ratio(lambda r, b, e: e * b / sum(r))),
             ("divided by the epochs: the rate is that of one step", ratio(lambda r, b, e: b / sum(r) / e)),
             ("the batch itself: a probability is asked for", ratio(lambda r, b, e: b)),
+            ("rows that the ranks do not divide evenly are lost: all rows count",
+             ratio(lambda r, b, e: b / (sum(r) // len(r) * len(r)))),
             ("divided by the largest rank's rows", ratio(lambda r, b, e: b / max(r))),
         ])  # fmt: skip
         same(steps, ratio(lambda r, b, e: math.ceil(round(e * sum(r) / b, 9))), "", mistakes=[
+            ("rounded to the nearest: that can be one step too few", ratio(lambda r, b, e: round(e * sum(r) / b))),
             ("rounded down: the last row would have taken part too rarely", ratio(lambda r, b, e: int(e * sum(r) / b))),
             ("the epochs are missing: these are the steps of one", ratio(lambda r, b, e: math.ceil(sum(r) / b))),
             ("these are the epochs: each of them has many steps", ratio(lambda r, b, e: e)),

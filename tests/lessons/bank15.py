@@ -114,6 +114,13 @@ def gathers(updates, rows, group=None):
     return sum(everyone) / summed(sum(rows.values()), group)
 
 
+@mistake("average_clients", "paired by their order")
+def pairs_by_order(updates, rows, group=None):
+    total = sum(r * u for r, u in zip(rows.values(), updates.values(), strict=True))
+    dist.all_reduce(total, group=group)
+    return total / summed(sum(rows.values()), group)
+
+
 @right("average_clients")
 def one_message(updates, rows, group=None):
     total = sum(rows[c] * u for c, u in updates.items())
@@ -206,6 +213,21 @@ def checks_values_not_whole_numbers(values, clients, fraction_bits):
     if values.numel() and not values.abs().max() < (2**31 - 1) // clients / 2**fraction_bits:
         raise ValueError("too large")
     return (values * 2**fraction_bits).round().long() % 2**32
+
+
+@mistake("fixed_point", "the range is checked before rounding")
+def checks_too_early(values, clients, fraction_bits):
+    scaled = values * 2**fraction_bits
+    if not (scaled.abs() <= (2**31 - 1) // clients).all():
+        raise ValueError("too large")
+    return scaled.round().long() % 2**32
+
+
+@mistake("fixed_point", "negative numbers are one too small")
+def one_too_small(values, clients, fraction_bits):
+    checked(values, clients, fraction_bits)
+    whole = (values * 2**fraction_bits).round().long()
+    return torch.where(whole < 0, whole + 2**32 - 1, whole)
 
 
 @mistake("fixed_point", "whole numbers are asked for, int64")
@@ -321,6 +343,11 @@ def goes_through_floats(vector, me, own, pairs):
     return with_sign(lambda o, me: 1.0 if o > me else -1.0)(vector.double(), me, own, pairs)
 
 
+@mistake("mask_vector", "whole numbers of 32 bits went through float32")
+def goes_through_float32_and_back(vector, me, own, pairs):
+    return with_sign(lambda o, me: 1 if o > me else -1)(vector, me, own, pairs).float().long()
+
+
 @right("mask_vector")
 def wraps_after_each(vector, me, own, pairs):
     total = (vector + own) % 2**32
@@ -374,6 +401,15 @@ def leaves_own_masks(messages, own, pairs):
 @mistake("unmask_sum", "neither own masks nor pair masks were taken off")
 def only_adds(messages, own, pairs):
     return sum(messages.values()) % 2**32
+
+
+@mistake("unmask_sum", "the masks of one client that fell silent are taken off")
+def undoes_one(messages, own, pairs):
+    total = sum(messages.values()) - sum(own.values())
+    for gone, masks in list(pairs.items())[:1]:
+        for client, mask in masks.items():
+            total = total - mask if gone > client else total + mask
+    return total % 2**32
 
 
 @mistake("unmask_sum", "right modulo 2**32, but some are")
@@ -600,6 +636,63 @@ def mostly_on_rank_0(total, clip, sigma, generator, group=None):
     return noised(total, sigma * clip * share, generator, group)
 
 
+def share_of(total, clip, sigma, generator, group):
+    noise = torch.randn(total.shape, generator=generator, dtype=total.dtype)
+    return sigma * clip / math.sqrt(dist.get_world_size(group)) * noise
+
+
+def summed_up(message, group):
+    dist.all_reduce(message, group=group)
+    return message
+
+
+@mistake("noisy_sum", "of the 20,000 numbers go out without noise")
+def one_number_bare(total, clip, sigma, generator, group=None):
+    share = share_of(total, clip, sigma, generator, group)
+    share[-1] = 0
+    return summed_up(total + share, group)
+
+
+@mistake("noisy_sum", "the same noise is on several numbers")
+def half_as_much_noise(total, clip, sigma, generator, group=None):
+    half = share_of(total[: (len(total) + 1) // 2], clip, sigma, generator, group)
+    return summed_up(total + torch.cat([half, half])[: len(total)], group)
+
+
+@mistake("noisy_sum", "the same noise is on several numbers")
+def one_number_for_all(total, clip, sigma, generator, group=None):
+    return summed_up(total + share_of(total[:1], clip, sigma, generator, group), group)
+
+
+@mistake("noisy_sum", "the same noise is on several numbers")
+def coarse_noise(total, clip, sigma, generator, group=None):
+    step = sigma * clip / math.sqrt(dist.get_world_size(group)) / 1.041
+    noise = torch.randn(total.shape, generator=generator, dtype=total.dtype).round() + 0.001
+    return summed_up(total + step * noise, group)
+
+
+@mistake("noisy_sum", "the noise adds up to zero over the numbers")
+def centres_it(total, clip, sigma, generator, group=None):
+    share = share_of(total, clip, sigma, generator, group)
+    return summed_up(total + share - share.mean(), group)
+
+
+@mistake("noisy_sum", "there is no noise where the total is zero")
+def only_on_what_is_there(total, clip, sigma, generator, group=None):
+    share = share_of(total, clip, sigma, generator, group)
+    return summed_up(torch.where(total == 0, total, total + share), group)
+
+
+@mistake("noisy_sum", "there is no noise where the total is zero")
+def as_long_as_the_total(total, clip, sigma, generator, group=None):
+    return summed_up(total + share_of(total, min(clip, total.norm().item()), sigma, generator, group), group)
+
+
+@mistake("noisy_sum", "the generator that was given has not moved on")
+def puts_the_dice_back(total, clip, sigma, generator, group=None):
+    return summed_up(total + share_of(total, clip, sigma, generator.clone_state(), group), group)
+
+
 @right("noisy_sum")
 def by_the_variance(total, clip, sigma, generator, group=None):
     variance = (sigma * clip) ** 2 / dist.get_world_size(group)
@@ -646,6 +739,17 @@ def one_row_a_step(rows, batch, epochs):
 @mistake("rate_and_steps", "rounded down")
 def rounds_the_steps_down(rows, batch, epochs):
     return batch / sum(rows), int(epochs * sum(rows) / batch)
+
+
+@mistake("rate_and_steps", "rounded to the nearest")
+def rounds_the_steps(rows, batch, epochs):
+    return batch / sum(rows), round(epochs * sum(rows) / batch)
+
+
+@mistake("rate_and_steps", "rows that the ranks do not divide evenly are lost")
+def loses_the_rest(rows, batch, epochs):
+    rate = batch / (sum(rows) // len(rows) * len(rows))
+    return rate, enough(epochs, rate)
 
 
 @mistake("rate_and_steps", "the epochs are missing")
