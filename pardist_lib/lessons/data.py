@@ -2,9 +2,11 @@
 
 import sysconfig
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 VOCABULARY = "\n" + "".join(map(chr, range(32, 127)))  # 96 characters: they split over 2, 3, 4, 6 and 8 ranks
@@ -47,10 +49,10 @@ def digits(dtype=torch.float32, seed=0):
 
 @lru_cache(1)
 def _raw_digits():
-    from sklearn.datasets import load_digits  # imported here: it takes a second
-
-    raw = load_digits()
-    return torch.from_numpy(raw.data).double(), torch.from_numpy(raw.target).long()
+    """load_digits() reads this file too, but importing scikit-learn takes a second and 75 MB, on every rank."""
+    package = Path(find_spec("sklearn").origin).parent
+    raw = torch.from_numpy(np.loadtxt(package / "datasets" / "data" / "digits.csv.gz", delimiter=","))
+    return raw[:, :-1].contiguous(), raw[:, -1].long()
 
 
 def library_text(size=500_000):

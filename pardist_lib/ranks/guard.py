@@ -1,46 +1,149 @@
-"""Runs a program and takes it down, with everything it started and its folder, when the notebook goes away.
-
-torchrun starts each worker in a session of its own, so killing torchrun's process group would leave them behind.
+"""Runs a program under torchrun and takes it down, with everything it started and its folder, when the notebook goes
+away: torchrun starts each worker in a session of its own, so killing torchrun's process group would leave them behind.
 The notebook holds the other end of this process's standard input: its end is the sign.
+
+With `--fork` this process also imports torch, once for all: torchrun and every rank are forked from it. What torchrun
+starts for a rank is worker.py, which asks here for a fork with its own environment and output, passes on the signals
+it gets, and ends as that fork ends: to torchrun it *is* the rank. It starts no thread, so that forking is safe.
 """
 
+import atexit
+import gc
+import importlib
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from multiprocessing import connection
 
 
-def main(folder, *command):
+def main(folder, mode, *command):
+    """command: torchrun's own arguments. Returns what to do in a forked process; the guard itself exits in here."""
     import psutil
 
-    program = subprocess.Popen(command, stdin=subprocess.DEVNULL)
-    me, gone = psutil.Process(), threading.Event()
+    from pardist_lib.ranks.host import PRELOADED, as_its_own_process
+    from pardist_lib.ranks.transport import Door
 
-    def until_the_notebook_goes():
-        os.read(0, 1)
-        gone.set()
-        while family := me.children(recursive=True):  # a worker may be starting another process right now
-            for process in family:
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    pass
-            psutil.wait_procs(family, 1)
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(1)
-
-    watch = threading.Thread(target=until_the_notebook_goes, daemon=True)
-    watch.start()
+    notebook, door, workers = os.dup(0), Door(folder), {}  # connection of a worker: pid of its rank
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    alarm, ring = os.pipe()
+    os.set_blocking(ring, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    code = program.wait()
-    if gone.is_set():
-        watch.join()  # which ends this process
-    for process in me.children(recursive=True):
-        process.kill()
+    if mode == "--fork":
+        for module in (*PRELOADED, "torch.distributed.run"):
+            importlib.import_module(module)
+        gc.collect()
+        gc.freeze()  # objects of the imports are never collected, so their pages stay shared
+        program = os.fork()
+        if not program:
+            as_its_own_process()
+            return lambda: importlib.import_module("torch.distributed.run").main(list(command))
+    else:
+        program = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command]).pid
+    signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
+    ends, code = [notebook, alarm, ring], None
+    while code is None:
+        for ready in connection.wait([notebook, alarm, door, *workers]):
+            if ready == notebook:
+                _end_all(psutil.Process(), psutil)
+                shutil.rmtree(folder, ignore_errors=True)
+                os._exit(1)
+            elif ready == alarm:
+                os.read(alarm, 4096)
+            elif ready is door:
+                if arrived := door.accept():
+                    worker, job = arrived
+                    job["output"] = worker.fds = [_take_fd(worker) for _ in (1, 2)]
+                    workers[worker] = os.fork()
+                    if not workers[worker]:
+                        as_its_own_process()
+                        door.listener._listener._socket.close()  # the guard's ends must end with the guard
+                        for end in (*ends, *(w.fileno() for w in workers)):
+                            os.close(end)
+                        return lambda: _be(job)
+                    for fd in worker.fds:
+                        os.close(fd)
+            else:
+                try:
+                    os.kill(workers[ready], ready.recv())  # a signal that it was sent, for its rank
+                except (EOFError, OSError):  # torchrun has killed it
+                    os.kill(workers.pop(ready), signal.SIGKILL)
+        while (ended := _ended()) is not None:
+            pid, status = ended
+            if pid == program:
+                code = status
+            for worker in [w for w, rank in workers.items() if rank == pid]:
+                del workers[worker]
+                worker.send(status)
+                worker.close()
+    _end_all(psutil.Process(), psutil)
     sys.exit(code if code >= 0 else 128 - code)
 
 
+def _ended():
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (pid, os.waitstatus_to_exitcode(status)) if pid else None
+
+
+def _end_all(me, psutil):
+    while family := me.children(recursive=True):  # a worker may be starting another process right now
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass
+        psutil.wait_procs(family, 1)
+
+
+def _take_fd(conn):
+    from multiprocessing import reduction
+
+    return reduction.recv_handle(conn)
+
+
+def _be(job):
+    """Be the program that torchrun's worker was asked to be."""
+    os.environ.clear()
+    os.environ.update(job["env"])
+    os.chdir(job["folder"])
+    for here, there in zip((1, 2), job["output"]):
+        os.dup2(there, here)
+        os.close(there)
+    is_module, target, *args = job["program"]
+    sys.argv[:] = [target, *args]
+    if is_module == "-m":
+        sys.path[0] = job["folder"]
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.abspath(target))
+        runpy.run_path(target, run_name="__main__")
+
+
+def _to_its_end(run):
+    """Run it and leave as Python leaves, but for taking down what the imports made: that would copy every page of it."""
+    code = 1
+    try:
+        run()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code & 255)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    _to_its_end(main(*sys.argv[1:]))

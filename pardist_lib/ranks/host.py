@@ -96,8 +96,7 @@ def fork_rank(folder, env, generation, close):
     if pid:
         return pid
     try:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        as_its_own_process()
         for end in close:  # the rank has its own connections: the host's must end with the host
             os.close(end) if isinstance(end, int) else end.close()
         from pardist_lib.ranks.rank import serve
@@ -109,6 +108,14 @@ def fork_rank(folder, env, generation, close):
         traceback.print_exc()
     finally:
         os._exit(1)
+
+
+def as_its_own_process():
+    """Undo, in a forked process, what only its parent needs; numpy's generator would draw alike in all of them."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.modules["numpy"].random.seed()
 
 
 def kill(children):

@@ -67,7 +67,9 @@ class _Process:
         }
 
 
-def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env=None):
+def torchrun(
+    program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env=None, fork=sys.platform != "darwin"
+):
     """Run a script (`train.py`) or a module (`package.module`) under torchrun, and wait for it.
 
     torchrun("train.py", "--epochs", 3, nproc=4)
@@ -78,6 +80,8 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
     timeout  seconds without output or an end after which the program is stopped and a RankHang raised.
     options  further options of torchrun itself: options=["--nnodes=2", ...].
     env      further environment variables.
+    fork     True: torch is imported once, for torchrun and all ranks, which are forked from there (the default, except
+             on macOS); False: each is started anew and imports torch for itself, as on a cluster: slower, more memory.
 
     Shows what the ranks print, rank by rank, and returns it as a list of strings. Raises RankError, root cause
     first, when a rank fails. The stop button, and the end of the notebook, end the program.
@@ -88,14 +92,19 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
     if target[0] != "-m" and not Path(target[0]).exists():
         raise FileNotFoundError(f"there is no script {program} in the notebook's folder")
     folder = tempfile.mkdtemp(prefix="pardist-program-")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)]
+    command = ["--nproc-per-node", str(nproc)]
     if not any(str(option).startswith(("--rdzv", "--standalone", "--master", "--nnodes")) for option in options):
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{folder}/rdzv", "--rdzv-conf", "store_type=file"]
         command += ["--local-addr", "127.0.0.1"]
-    command += ["--log-dir", f"{folder}/log", "--redirects", "3", *map(str, options), *target, *map(str, args)]
+    command += ["--log-dir", f"{folder}/log", "--redirects", "3", *map(str, options)]
+    if fork:
+        command += [str(HERE / "worker.py"), folder, "--program", *(target if target[0] == "-m" else ["", *target])]
+    else:
+        command += target
+    command += map(str, args)
     log = open(Path(folder, "torchrun.log"), "wb")
     guard = subprocess.Popen(
-        [sys.executable, str(HERE / "guard.py"), folder, *command],
+        [sys.executable, str(HERE / "guard.py"), folder, "--fork" if fork else "--plain", *command],
         env=os.environ | _environment(1) | {"PYTHONUNBUFFERED": "1"} | (env or {}),
         stdin=subprocess.PIPE,  # the guard ends the program when the notebook's end of this pipe closes
         stdout=log,

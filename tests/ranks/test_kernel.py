@@ -171,10 +171,10 @@ def test_a_program_goes_with_its_kernel(notebook, tmp_path):
     (tmp_path / "forever.py").write_text("import time\nwhile True: print('on', flush=True); time.sleep(0.2)\n")
     notebook.client.execute(f"import pardist_lib\npardist_lib.torchrun({str(tmp_path / 'forever.py')!r}, nproc=2)")
     deadline = time.monotonic() + 30
-    while len(notebook.family()) < 4 and time.monotonic() < deadline:
+    while len(notebook.family()) < 6 and time.monotonic() < deadline:
         time.sleep(0.2)
     family = notebook.family()
-    assert len(family) >= 4  # guard, torchrun, two ranks
+    assert len(family) >= 6  # guard, torchrun, two workers, two ranks
     folder = next(p.cmdline()[2] for p in family if p.cmdline()[1].endswith("guard.py"))
     assert os.path.isdir(folder)
     os.kill(notebook.manager.provisioner.pid, signal.SIGKILL)

@@ -1,6 +1,8 @@
 """What `Ranks` is for: calls, values, names, output, programs."""
 
+import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -318,20 +320,63 @@ def program(tmp_path):
     return path
 
 
-def test_a_program_under_torchrun(program):
-    printed = torchrun(program, "x", 3, nproc=2, quiet=True)
+FORKS = pytest.mark.skipif(sys.platform == "darwin", reason="forking after an import of torch is not safe there")
+FORKED_OR_NOT = pytest.mark.parametrize("fork", [pytest.param(True, marks=FORKS), False])
+
+
+@FORKED_OR_NOT
+def test_a_program_under_torchrun(program, fork):
+    printed = torchrun(program, "x", 3, nproc=2, quiet=True, fork=fork)
     assert printed == ["arguments ['x', '3']\nsum 1.0\n"] * 2
 
 
+@FORKED_OR_NOT
 @pytest.mark.parametrize("how, cause", [("raise", "ValueError"), ("die", "SIGKILL")])
-def test_a_program_that_fails(program, how, cause, capsys):
+def test_a_program_that_fails(program, how, cause, fork, capsys):
     with pytest.raises(RankError) as caught:
-        torchrun(program, how, nproc=3)
+        torchrun(program, how, nproc=3, fork=fork)
     assert (caught.value.rank, caught.value.cause) == (1, cause)
     assert len(str(caught.value).splitlines()) < 12
     if how == "raise":
         assert caught.value.line == PROGRAM.splitlines().index('    raise ValueError("broken shard")') + 1
     assert "Traceback" not in capsys.readouterr().out
+
+
+WORLDLY = """
+import atexit, json, os, pickle, random, signal, sys, time, numpy
+import helper_beside_it
+
+class Mine: pass
+
+assert type(pickle.loads(pickle.dumps(Mine()))) is Mine and sys.stdin.read() == ""
+atexit.register(print, "and left in order")
+state = {"file": __file__, "name": __name__, "given": os.environ["GIVEN"], "folder": os.getcwd()}
+print(json.dumps(state | {"draws": [random.random(), numpy.random.rand()], "signal": sys.argv[1:]}), flush=True)
+if os.environ["RANK"] == "1":
+    time.sleep(0.5)
+    sys.exit(3)
+signal.signal(signal.SIGTERM, lambda *_: (print("told to end"), sys.exit(0)))
+time.sleep(30)
+"""
+
+
+@FORKED_OR_NOT
+def test_a_program_finds_the_world_that_torchrun_gives_it(tmp_path, fork, monkeypatch, capsys):
+    """Its own file, folder, arguments and environment, generators that differ, and torchrun's SIGTERM when rank 1 ends
+    with an exit code."""
+    (tmp_path / "helper_beside_it.py").touch()
+    (tmp_path / "worldly.py").write_text(WORLDLY)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RankError, match="rank 1 ended its process with exit code 3") as caught:
+        torchrun("worldly.py", "-x", nproc=2, fork=fork, env={"GIVEN": "it"})
+    assert caught.value.rank == 1
+    said = capsys.readouterr().out
+    first, second = (json.loads(re.search(rf"rank {r} +│ ({{.*}})", said)[1]) for r in range(2))
+    assert first.pop("draws") != second.pop("draws")
+    expected = {"name": "__main__", "given": "it", "folder": str(tmp_path), "signal": ["-x"]}
+    assert [first | {"file": 0}, second | {"file": 0}] == [expected | {"file": 0}] * 2
+    assert os.path.samefile(first["file"], tmp_path / "worldly.py")
+    assert "told to end" in said and re.search(r"ranks 0, 1 +│ and left in order", said)
 
 
 def test_a_program_that_ends_before_gloos_threads_do(tmp_path):
