@@ -36,6 +36,7 @@ class Transformer:
     positions  learned, s·h of them; False: none (rotary)
     tied       the output layer uses the embedding's weights
     dropout    three in each layer: its masks, and the attention's dropped copy, are kept for backward
+    fused      attention in one kernel (FlashAttention): the scores are computed again in backward, never kept
     experts    MLPs in each layer, of which every token visits `active` (mixture of experts)
 
     Raises ValueError where heads do not divide what they have to.
@@ -55,6 +56,7 @@ class Transformer:
     positions: bool = True
     tied: bool = True
     dropout: bool = True
+    fused: bool = False
     experts: int = 1
     active: int = 1
 
@@ -64,8 +66,9 @@ class Transformer:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         for name in ("hidden", "layers", "heads", "vocab", "sequence", *given, "experts", "active"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is a whole number from 1 on, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
         if self.heads * self.head_dim != self.hidden and self.hidden % self.heads:
             raise ValueError(f"{self.heads} heads do not divide hidden {self.hidden}: give head_dim")
         if self.heads % self.kv_heads:
@@ -141,9 +144,15 @@ class Plan:
 
 def check(model, plan, batch):
     """Raises ValueError where a plan cannot be, with the nearest number that can."""
+    for name in ("dp", "tp", "pp", "cp", "ep", "micro", "v"):
+        value = getattr(plan, name)
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
+    if not isinstance(batch, (int, np.integer)) or batch < 1:
+        raise ValueError(f"batch is a whole number of sequences from 1 on, not {batch!r}")
     rules = [
         ("tp", model.heads, "heads"),
-        ("tp", model.kv_heads if plan.tp <= model.kv_heads else plan.tp, "heads of keys and values"),
+        ("tp", model.kv_heads if plan.tp <= model.kv_heads else model.heads, "heads of keys and values"),
         ("cp", model.sequence, "tokens of a sequence"),
         ("ep", model.experts, "experts"),
         ("ep", plan.dp, "data-parallel ranks"),
@@ -152,6 +161,12 @@ def check(model, plan, batch):
     for name, whole, what in rules:
         if whole % getattr(plan, name):
             raise ValueError(f"{name} {getattr(plan, name)} does not divide {whole} {what}: {_near(plan, name, whole)}")
+    if plan.tp > model.kv_heads and plan.tp % model.kv_heads:
+        near = plan.tp // model.kv_heads * model.kv_heads
+        raise ValueError(
+            f"tp {plan.tp} does not spread {model.kv_heads} heads of keys and values evenly: tp {near} gives every "
+            f"{near // model.kv_heads} ranks a copy of one"
+        )
     if model.layers % (plan.pp * plan.v):
         fits = [p for p in range(1, model.layers + 1) if model.layers % (p * plan.v) == 0]
         nearest = min(fits, key=lambda p: abs(p - plan.pp)) if fits else 1
@@ -222,17 +237,30 @@ def training_seconds(model, tokens, gpus, flops):
 # ---- bytes on a rank ------------------------------------------------------------------------------------------
 
 
-def training_memory(model, plan, batch=None, states="mixed", element=None):
-    """Bytes on the fullest rank: {"parameters", "gradients", "optimizer", "activations", "total"}.
+def bytes_of(states):
+    """(weight, gradient, optimizer): bytes for each parameter. states: one of STATES, or three numbers."""
+    if isinstance(states, str):
+        if states not in STATES:
+            raise ValueError(f"states is one of {', '.join(map(repr, STATES))}, or three numbers, not {states!r}")
+        return STATES[states]
+    if len(states) != 3 or min(states) < 0:
+        raise ValueError(f"states is bytes of a (weight, gradient, optimizer state), each 0 or more, not {states!r}")
+    return tuple(states)
+
+
+def training_memory(model, plan, batch=None, states="mixed", element=None, mask=1):
+    """Bytes on the fullest rank: {"parameters", "gradients", "optimizer", "gathered", "activations", "total"}.
 
     states   one of STATES, or bytes for a parameter's (weight, gradient, optimizer)
-    element  bytes of an activation; None: as a weight has. A dropout mask's element is 1 byte, a logit 4.
+    element  bytes of an activation; None: as a weight has. A logit has 4.
+    mask     bytes of a dropout mask's element: 1 as the papers count; eager torch on a CPU keeps `element`
     batch    sequences in all: a pipeline holds no more micro-batches than there are
 
-    Adam's kind of optimizer. With ZeRO-3 two layers' whole weights are counted on top: one in use, one arriving.
-    Not counted: what a library holds besides (buffers of nccl, fragments, the CUDA context).
+    Adam's kind of optimizer. "gathered": whole weights that ZeRO-3 has for a moment, of two layers (one in use, one
+    arriving) and of what is outside the layers. Not counted: a layer's whole gradient on its way (ZeRO-2, 3), the
+    gradients of activations, and what a library holds besides (buffers of nccl, fragments, the CUDA context).
     """
-    weight, gradient, optimizer = STATES[states] if isinstance(states, str) else states
+    weight, gradient, optimizer = bytes_of(states)
     element = weight if element is None else element
     if not isinstance(plan.recompute, np.ndarray):
         check(model, plan, plan.dp * plan.micro * plan.pp if batch is None else batch)
@@ -241,12 +269,14 @@ def training_memory(model, plan, batch=None, states="mixed", element=None):
         common, expert = stage_parameters(model, plan, stage)
         sharers = plan.dp * plan.cp  # ZeRO also shares among the ranks of a context, who hold the same weights
         zero, shared = np.asarray(plan.zero), common / sharers + expert / (sharers / plan.ep)
-        gathered = 2 * _layer(model, plan) / plan.tp if weight else 0
+        ends = common - model.layers / plan.pp * (_layer(model, plan) - _experts(model) / plan.ep) / plan.tp
+        gathered = np.minimum(2, model.layers / plan.pp) * _layer(model, plan) / plan.tp + ends
         stages[stage] = {
-            "parameters": weight * np.where(zero >= 3, shared + gathered, common + expert),
+            "parameters": weight * np.where(zero >= 3, shared, common + expert),
             "gradients": gradient * np.where(zero >= 2, shared, common + expert),
             "optimizer": optimizer * np.where(zero >= 1, shared, common + expert),
-            "activations": activations(model, plan, stage, element, batch),
+            "gathered": weight * np.where(zero >= 3, gathered, 0),
+            "activations": activations(model, plan, stage, element, batch, mask),
         }
         stages[stage]["total"] = sum(stages[stage].values())
     first, last = stages["first"], stages["last"]
@@ -260,8 +290,9 @@ def stage_parameters(model, plan, stage="first"):
     A single stage is both. A tied output layer has the embedding's weights once more where it is on another stage.
     """
     parts, layers = model.layer_parts(), model.layers / plan.pp
-    experts = layers * parts["expert"] * (model.experts if model.experts > 1 else 0)
-    common = layers * (parts["split"] / plan.tp + parts["whole"]) - experts / plan.tp
+    experts = layers * _experts(model)
+    again = 2 * (model.hidden + model.bias) * model.key * (copies(model, plan) - 1)
+    common = layers * ((parts["split"] + again) / plan.tp + parts["whole"]) - experts / plan.tp
     table, one = model.vocab * model.hidden / plan.tp, np.asarray(plan.pp) == 1
     positions, norm = model.positions * model.sequence * model.hidden, model.hidden * (1 if model.rms_norm else 2)
     if stage == "first":
@@ -271,35 +302,50 @@ def stage_parameters(model, plan, stage="first"):
     return common, experts / (plan.tp * plan.ep)
 
 
+def copies(model, plan):
+    """On how many ranks a head of keys and values is: more than one where there are fewer of them than ranks."""
+    return np.maximum(1, np.asarray(plan.tp) / model.kv_heads)
+
+
+def _experts(model):
+    """Parameters of all experts of a layer; 0 where it has one MLP only."""
+    return model.layer_parts()["expert"] * model.experts if model.experts > 1 else 0
+
+
 def _layer(model, plan):
-    """Weights that are gathered at once: a layer's, with this rank's experts."""
-    parts = model.layer_parts()
-    experts = parts["expert"] * model.experts if model.experts > 1 else 0
-    return parts["split"] - experts + experts / plan.ep
+    """Weights that are gathered at once: a layer's that are split, with this rank's experts."""
+    experts = _experts(model)
+    return model.layer_parts()["split"] - experts + experts / plan.ep
 
 
-def layer_activations(model, plan, element=2):
+def layer_activations(model, plan, element=2, mask=1):
     """Bytes that one layer keeps for backward, of one micro-batch on one rank.
 
     For Megatron's models with 2-byte elements: sbh(34 + 5as/h) on one rank; sbh(10 + 24/t + 5as/(ht)) with tensor
     parallelism, sbh(34/t + 5as/(ht)) with sequence parallelism too; "selective" leaves out 5as/h; "full" keeps the
-    layer's input, 2sbh (Korthikanti et al., table 2, equations 1, 2, 4, 6). A gated MLP is counted as eager torch
-    keeps it: gate, its SiLU, the other half, their product.
+    layer's input, 2sbh (Korthikanti et al., table 2, equations 1, 2, 4, 6). Fused attention keeps no scores, whatever
+    is recomputed. Eager torch's dropout masks on a CPU are as wide as what they mask: with mask=element
+    sbh(18 + 3as/h)·element. A gated MLP is counted as eager torch keeps it: gate, its SiLU, the other half, their
+    product.
     """
     tokens = model.sequence * plan.micro / plan.cp
-    mask = 1 if model.dropout else 0
+    mask = mask if model.dropout else 0
     # beside the split layers: inputs of the two norms and what comes out of them, two dropouts' masks
     whole = 4 * element * model.hidden + 2 * mask * model.hidden
-    split = element * (2 * model.query + 2 * model.key) + element * (4 if model.gated else 2) * model.active * model.ffn
+    split = (
+        element * (2 * model.query + 2 * model.key * copies(model, plan))
+        + element * (4 if model.gated else 2) * model.active * model.ffn
+    )
     if model.experts > 1:  # each token's copies on their way to the experts and back
         split = split + 2 * element * model.active * model.hidden * plan.tp
     scores = model.heads * model.sequence * (element + (mask + element if model.dropout else 0))
+    scores = 0 if model.fused else scores
     share = np.where(plan.sp, plan.tp, 1)
     kept = whole / share + (split + np.where(_is(plan, "none"), scores, 0)) / plan.tp
     return tokens * np.where(_is(plan, "full"), element * model.hidden / share, kept)
 
 
-def activations(model, plan, stage="first", element=2, batch=None):
+def activations(model, plan, stage="first", element=2, batch=None, mask=1):
     """Bytes of activations on a rank of the first or the last pipeline stage, at its fullest moment.
 
     The first stage holds p micro-batches of its l/p layers: as much as one micro-batch of all layers; with chunks
@@ -312,14 +358,15 @@ def activations(model, plan, stage="first", element=2, batch=None):
         flight = np.minimum(flight, micro_batches(plan, batch))
     tokens, one = model.sequence * plan.micro / plan.cp, np.asarray(plan.pp) == 1
     working = Plan(micro=plan.micro, tp=plan.tp, cp=plan.cp, sp=plan.sp, ep=plan.ep)
-    again = np.where(_is(plan, "full"), layer_activations(model, working, element), 0)
-    embedding = (1 if model.dropout else 0) * tokens * model.hidden / share  # its dropout's mask
+    again = np.where(_is(plan, "full"), layer_activations(model, working, element, mask), 0)
+    embedding = (mask if model.dropout else 0) * tokens * model.hidden / share  # its dropout's mask
     head = tokens * (2 * element * model.hidden / share + 4 * model.vocab / plan.tp)
     in_first = embedding * flight + np.where(one, head, 0)
     in_last = head + np.where(one, embedding, 0)
     held = flight if stage == "first" else 1 + (np.asarray(plan.v) - 1) / plan.v
     held = np.where(one, 1, held)
-    return layers * held * layer_activations(model, plan, element) + again + (in_first if stage == "first" else in_last)
+    kept = layers * held * layer_activations(model, plan, element, mask)
+    return kept + again + (in_first if stage == "first" else in_last)
 
 
 def _is(plan, recompute):

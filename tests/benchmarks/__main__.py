@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-FILES = ("starting", "collectives", "tracing", "tensor_parallel", "data_parallel", "sharded")
+FILES = ("starting", "collectives", "tracing", "tensor_parallel", "data_parallel", "sharded", "predicting")
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEAD = "| what | ranks | median | low | high | target |\n|---|---|---|---|---|---|\n"
 
