@@ -8,7 +8,7 @@ def average_clients(updates: dict, rows: dict, group=None) -> torch.Tensor:
     """The mean of the updates of all clients on all ranks, each counting as much as it has rows.
 
     updates: {client: tensor of shape (d,)}, of the clients that this rank hosts, at least one. rows: {client: how many
-    rows it has, at least 1}, of the same clients; a rank knows its own clients only. Both stay as they are.
+    rows it has, at least 1}, of the same clients, in any order; a rank knows its own only. Both stay as they are.
     Returns Σ rows · update / Σ rows over all clients, (d,), the same on every rank.
     Sends: one dist.all_reduce of d numbers and one of a single number, or one of d + 1 numbers; nothing else.
     """
