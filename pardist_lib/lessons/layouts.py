@@ -27,10 +27,12 @@ def described(width, layers, heads, vocabulary, length):
     return Transformer(width, layers, heads, vocabulary, length, dropout=False, fused=True)
 
 
-def runnable(plan):
-    """Whether `make_step` can run a plan."""
+def runnable(plan, batch):
+    """Whether `make_step` can run a plan: no tp with pp or with ZeRO-2 and 3; pipelines as 1F1B, one micro-batch or
+    more for each stage."""
     one = plan.cp == plan.ep == plan.v == 1 and plan.recompute == "none"
-    return one and (plan.pp == 1 or plan.tp == 1 and plan.zero == 0) and (plan.tp == 1 or plan.zero < 2)
+    pipes = plan.pp == 1 or plan.tp == 1 and plan.zero == 0 and micro_batches(plan, batch) >= plan.pp
+    return one and pipes and (plan.tp == 1 or plan.zero < 2)
 
 
 def groups_of(plan):
@@ -67,7 +69,7 @@ class Ends(nn.Module):
 
 @dataclass
 class Training:
-    """step() does one training step with AdamW and returns the loss of this rank's last micro-batch, if it has one;
+    """step() does one training step with AdamW and returns the mean loss of this rank's rows, if it has the loss;
     weights: the parameters that forward uses (module's own may be pieces of them)."""
 
     step: callable
@@ -78,8 +80,8 @@ class Training:
 
 def make_step(model, plan, batch, seed=0):
     """On a rank: the `Training` of a `Transformer` under a plan that is `runnable`, on `batch` seeded sequences."""
-    if not runnable(plan):
-        raise ValueError(f"{plan} cannot be run here: tp with pp or with zero 2 and 3, cp, ep, v and recompute cannot")
+    if not runnable(plan, batch):
+        raise ValueError(f"{plan} cannot be run here: {runnable.__doc__.partition(': ')[2]} No cp, ep, v, recompute.")
     check(model, plan, batch)
     torch.manual_seed(seed)
     tensor, data, pipeline = groups_of(plan)
@@ -109,19 +111,21 @@ def make_step(model, plan, batch, seed=0):
 
     def step():
         optimizer.zero_grad()
+        total = 0.0
         for i, (x, y) in enumerate(parts):
             quiet = plan.zero == 0 and plan.dp > 1 and i < m - 1
             with module.no_sync() if quiet else nullcontext():
                 loss = loss_of(module(x), y) / m
                 loss.backward()
+            total += loss.item()
         optimizer.step()
-        return loss.item() * m
+        return total
 
     return Training(step, module, optimizer, weights)
 
 
 def _pipelined(model, plan, whole, groups, tokens, words, m):
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
     data, pipeline = groups
     stage, each = dist.get_rank(pipeline), model.layers // plan.pp
@@ -132,8 +136,7 @@ def _pipelined(model, plan, whole, groups, tokens, words, m):
     table = whole.tokens.weight if first else whole.head.weight if last else None
     ends = [group_of(dist.get_process_group_ranks(pipeline)[:: plan.pp - 1])] if plan.dp == 1 else _ends(plan)
     inner = PipelineStage(module, stage, plan.pp, tokens.device, group=pipeline)
-    kind = Schedule1F1B if m >= plan.pp else ScheduleGPipe
-    schedule = kind(inner, m, loss_fn=language_loss)
+    schedule = Schedule1F1B(inner, m, loss_fn=language_loss)
     optimizer = torch.optim.AdamW(module.parameters())
     inputs, target = ((tokens,) if first else ()), ({"target": words} if last else {})
 

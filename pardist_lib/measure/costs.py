@@ -31,7 +31,7 @@ class Transformer:
     kv_heads   heads of keys and values (grouped-query attention); None: as many as heads
     head_dim   None: hidden / heads
     gated      the MLP has three matrices (SwiGLU), else two
-    bias       of the linear layers
+    bias       of the linear layers; "qkv": of queries, keys and values only
     rms_norm   norms with a weight only (RMSNorm), else weight and bias (LayerNorm)
     positions  learned, s·h of them; False: none (rotary)
     tied       the output layer uses the embedding's weights
@@ -51,7 +51,7 @@ class Transformer:
     kv_heads: int | None = None
     head_dim: int | None = None
     gated: bool = False
-    bias: bool = True
+    bias: bool | str = True
     rms_norm: bool = False
     positions: bool = True
     tied: bool = True
@@ -61,6 +61,8 @@ class Transformer:
     active: int = 1
 
     def __post_init__(self):
+        if self.head_dim is None and isinstance(self.heads, int) and self.heads > 0 and self.hidden % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide hidden {self.hidden}: give head_dim")
         given = {"ffn": 4 * self.hidden, "kv_heads": self.heads, "head_dim": self.hidden // max(self.heads, 1)}
         for name, default in given.items():
             if getattr(self, name) is None:
@@ -69,10 +71,10 @@ class Transformer:
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
-        if self.heads * self.head_dim != self.hidden and self.hidden % self.heads:
-            raise ValueError(f"{self.heads} heads do not divide hidden {self.hidden}: give head_dim")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} heads of keys and values do not divide {self.heads} heads")
+        if self.bias not in (True, False, "qkv"):
+            raise ValueError(f'bias is True, False or "qkv", not {self.bias!r}')
         if self.active > self.experts:
             raise ValueError(f"a token cannot visit {self.active} of {self.experts} experts")
 
@@ -90,10 +92,10 @@ class Transformer:
         """Parameters of a layer, as {"split", "whole", "expert"}: what tensor parallelism splits, what every rank
         has (norms, the bias of a row-parallel layer, the router), and the part of "split" that one expert has."""
         fan_in = 2 if self.gated else 1
-        expert = self.hidden * self.ffn * (fan_in + 1) + (fan_in * self.ffn if self.bias else 0)
+        expert = self.hidden * self.ffn * (fan_in + 1) + (fan_in * self.ffn if self.bias is True else 0)
         attention = self.hidden * (2 * self.query + 2 * self.key) + (self.query + 2 * self.key if self.bias else 0)
         norms = 2 * self.hidden * (1 if self.rms_norm else 2)
-        rows = self.hidden * (1 + self.experts) if self.bias else 0
+        rows = self.hidden * (1 + self.experts) if self.bias is True else 0
         router = self.hidden * self.experts if self.experts > 1 else 0
         return {"split": attention + self.experts * expert, "whole": norms + rows + router, "expert": expert}
 
@@ -291,7 +293,7 @@ def stage_parameters(model, plan, stage="first"):
     """
     parts, layers = model.layer_parts(), model.layers / plan.pp
     experts = layers * _experts(model)
-    again = 2 * (model.hidden + model.bias) * model.key * (copies(model, plan) - 1)
+    again = 2 * (model.hidden + bool(model.bias)) * model.key * (copies(model, plan) - 1)
     common = layers * ((parts["split"] + again) / plan.tp + parts["whole"]) - experts / plan.tp
     table, one = model.vocab * model.hidden / plan.tp, np.asarray(plan.pp) == 1
     positions, norm = model.positions * model.sequence * model.hidden, model.hidden * (1 if model.rms_norm else 2)

@@ -37,7 +37,7 @@ def rows(pairs=30, rounds=None):
         taken, times = [], [[] for _ in cases]
         for _ in range(rounds or max(pairs // 3, 1)):
             for (model, batch, plan), kept in zip(cases, times, strict=True):
-                taken += readings(ranks, OPERATIONS) if plan.gpus and plan == layouts(batch)[0] else []
+                taken += readings(ranks, OPERATIONS) if plan.tp > 1 or plan.pp > 1 else []
                 kept += ranks.run(seconds_of, model, plan, batch, 2, quiet=True)[0]
         machine, _ = describe(taken)
         chosen = list(_first_choices(ranks, machine, cases, times))
@@ -64,7 +64,7 @@ def _first_choices(ranks, machine, cases, times):
     for sizes, batch in MODELS:
         model = described(*sizes)
         ranked = best_plans(model, machine, 4, batch, states="float32", most=10_000, max_micro=batch)
-        plan = next(r.plan for r in ranked if runnable(r.plan))
+        plan = next(r.plan for r in ranked if runnable(r.plan, batch))
         measured = {p: np.quantile(t, QUANTILE) for (m, _, p), t in zip(cases, times, strict=True) if m == model}
         if plan not in measured:
             measured[plan] = np.quantile(ranks.run(seconds_of, model, plan, batch, 9, quiet=True)[0], QUANTILE)

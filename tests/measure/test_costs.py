@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
+from pardist_lib.lessons.layouts import Kept
 from pardist_lib.measure.costs import (
     Plan,
     Transformer,
@@ -42,6 +45,29 @@ def test_parameters_of_llama_3():
     assert LLAMA3.parameters() == 8_030_261_248
 
 
+def llama(hidden, layers, heads, ffn, vocab, sequence=4096, kv_heads=8, **options):
+    options = {"bias": False, "rms_norm": True, "positions": False, "tied": False, "dropout": False} | options
+    return Transformer(hidden, layers, heads, vocab, sequence, ffn, kv_heads, gated=True, **options)
+
+
+@pytest.mark.parametrize(
+    "model, parameters",
+    [
+        (Transformer(768, 12, 12, 50257, 1024), 124_439_808),  # GPT-2
+        (Transformer(1600, 48, 25, 50257, 1024), 1_557_611_200),  # GPT-2 XL
+        (llama(4096, 32, 32, 11008, 32000, kv_heads=32), 6_738_415_616),  # Llama 2 7 B
+        (llama(8192, 80, 64, 28672, 128256), 70_553_706_496),  # Llama 3 70 B
+        (llama(16384, 126, 128, 53248, 128256), 405_853_388_800),  # Llama 3.1 405 B
+        (llama(4096, 32, 32, 14336, 32000, experts=8, active=2), 46_702_792_704),  # Mixtral 8x7B
+        (llama(896, 24, 14, 4864, 151936, kv_heads=2, bias="qkv", tied=True), 494_032_768),  # Qwen2.5 0.5 B
+        (llama(3072, 28, 16, 24576, 256000, kv_heads=16, head_dim=256, tied=True), 8_537_680_896),  # Gemma 7 B
+    ],
+)
+def test_parameters_of_published_checkpoints(model, parameters):
+    """What the checkpoints' files hold: tied and untied, grouped heads, experts, heads wider than hidden / heads."""
+    assert model.parameters() == parameters
+
+
 def test_flops_of_gpt_3():
     """SC'21: a step of batch 1536 on 1,024 GPUs in 32 s is 138 TFLOP/s a GPU; equation 3."""
     h, layers, s, v, batch = GPT3.hidden, GPT3.layers, GPT3.sequence, GPT3.vocab, 1536
@@ -65,8 +91,10 @@ def test_state_of_zero():
     found = []
     for zero in range(4):
         memory = training_memory(model, Plan(dp=64, zero=zero))
-        gathered = 2 * 2 * sum(model.layer_parts()[k] for k in ("split",)) if zero == 3 else 0
-        found.append(round((memory["total"] - memory["activations"] - gathered) * scale / 1e9, 1))
+        states = sum(memory[kind] for kind in ("parameters", "gradients", "optimizer"))
+        found.append(round(states * scale / 1e9, 1))
+        assert memory["total"] == pytest.approx(states + memory["activations"] + memory["gathered"])
+        assert (memory["gathered"] > 0) == (zero == 3)
     assert found == [120.0, 31.4, 16.6, 1.9]
 
 
@@ -85,6 +113,54 @@ def test_activations_of_a_layer(model, t):
     ]:
         plan = Plan(tp=t, sp=sp, micro=4, recompute=recompute)
         assert layer_activations(model, plan) == pytest.approx(sbh * expected, rel=1e-12)
+
+
+class Eager(torch.nn.Module):
+    """A layer as Korthikanti et al. draw it, every operation by itself: softmax and three dropouts written out."""
+
+    def __init__(self, h, a):
+        super().__init__()
+        self.a, self.norm1, self.norm2 = a, torch.nn.LayerNorm(h), torch.nn.LayerNorm(h)
+        self.qkv, self.out = torch.nn.Linear(h, 3 * h), torch.nn.Linear(h, h)
+        self.up, self.down = torch.nn.Linear(h, 4 * h), torch.nn.Linear(4 * h, h)
+
+    def forward(self, x):
+        b, s, h = x.shape
+        q, k, v = (part.view(b, s, self.a, -1).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
+        weights = F.dropout((q @ k.transpose(-1, -2) / (h / self.a) ** 0.5).softmax(-1), 0.1)
+        x = x + F.dropout(self.out((weights @ v).transpose(1, 2).reshape(b, s, h)), 0.1)
+        return x + F.dropout(self.down(F.gelu(self.up(self.norm2(x)))), 0.1)
+
+
+@pytest.mark.parametrize("h, a, s, b", [(64, 4, 32, 2), (128, 8, 64, 1), (96, 2, 128, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_activations_measured_in_eager_torch(h, a, s, b, dtype):
+    """sbh(18 + 3as/h)·element on a CPU, whose dropout masks are as wide as what they mask: storages, each once."""
+    layer, x = Eager(h, a).to(dtype), torch.randn(b, s, h, dtype=dtype, requires_grad=True)
+    with Kept(layer.parameters()) as kept:
+        y = layer(x + 0)  # x + 0: like any layer's input, the result of an operation
+    element = x.element_size()
+    model = Transformer(h, 1, a, 100, s)
+    computed = layer_activations(model, Plan(micro=b), element, mask=element)
+    assert computed == pytest.approx(s * b * h * (18 + 3 * a * s / h) * element, rel=1e-12)
+    assert kept.most == pytest.approx(computed, rel=0.02)
+    assert y.requires_grad
+
+
+def test_fused_attention_keeps_no_scores():
+    fused = replace(GPT3, fused=True)
+    assert layer_activations(fused, Plan()) == layer_activations(GPT3, Plan(recompute="selective"))
+    assert layer_activations(fused, Plan()) == layer_activations(fused, Plan(recompute="selective"))
+    assert training_flops(fused, 1) == training_flops(GPT3, 1)
+
+
+def test_more_ranks_than_heads_of_keys_have_copies_of_them():
+    """8 heads of keys and values on 16 ranks: each is on two."""
+    model = replace(LLAMA3, tied=True)
+    common, _ = stage_parameters(model, Plan(tp=16))
+    kv = 2 * model.hidden * model.key * model.layers
+    whole = model.layers * model.layer_parts()["whole"] + model.hidden
+    assert 16 * common == pytest.approx(model.parameters() + 15 * whole + kv)
 
 
 def test_a_pipelines_first_stage_holds_as_much_as_one_rank():
@@ -126,6 +202,16 @@ def test_many_plans_at_once_are_one_after_the_other():
         (lambda: Transformer(10, 2, 3, 100, 8), "3 heads do not divide hidden 10"),
         (lambda: Transformer(12, 2, 4, 100, 8, kv_heads=3), "3 heads of keys and values do not divide 4 heads"),
         (lambda: Transformer(12, 0, 4, 100, 8), "layers is a whole number from 1 on, not 0"),
+        (lambda: Transformer(12, 1.5, 4, 100, 8), "layers is a whole number from 1 on, not 1.5"),
+        (lambda: Transformer(12, 1, 4, 100, 8, bias="q"), 'bias is True, False or "qkv", not'),
+        (lambda: training_memory(GPT3, Plan(dp=0)), "dp is a whole number from 1 on, not 0"),
+        (lambda: training_memory(GPT3, Plan(), batch=0), "batch is a whole number of sequences from 1 on, not 0"),
+        (lambda: training_memory(GPT3, Plan(), states="half"), "states is one of 'mixed', .*, not 'half'"),
+        (lambda: training_memory(GPT3, Plan(), states=(2, 2)), "weight, gradient, optimizer state"),
+        (
+            lambda: training_memory(replace(LLAMA3, heads=48, head_dim=128), Plan(tp=12)),
+            "tp 12 does not spread 8 heads",
+        ),
         (lambda: Transformer(12, 1, 4, 100, 8, active=2), "cannot visit 2 of 1 experts"),
         (lambda: training_memory(GPT3, Plan(tp=5)), "tp 5 does not divide 96 heads: tp 4 does"),
         (lambda: training_memory(GPT3, Plan(pp=5)), "96 layers do not make 5 stages of 1 equal chunks: pp 4 does"),
