@@ -8,6 +8,7 @@ from .matmul import matmul
 from .memory import memory
 from .messages import messages
 from .plots import bars, curves, gradients
+from .precision import float_bits, magnitudes
 from .processes import process_tree
 from .shards import held, shards
 from .split_gradients import split_gradients
@@ -17,7 +18,7 @@ from .timeline import timeline
 from .widgets import Live, contact_sheet, knobs, stepper
 
 __all__ = [
-    "Live", "Picture", "Table", "activations", "bars", "collective", "contact_sheet", "curves", "gradients", "held",
-    "images", "knobs", "matmul", "memory", "messages", "process_tree", "ring_steps", "shards", "split_gradients",
-    "stale_gradients", "stepper", "timeline",
+    "Live", "Picture", "Table", "activations", "bars", "collective", "contact_sheet", "curves", "float_bits",
+    "gradients", "held", "images", "knobs", "magnitudes", "matmul", "memory", "messages", "process_tree", "ring_steps",
+    "shards", "split_gradients", "stale_gradients", "stepper", "timeline",
 ]  # fmt: skip

@@ -175,5 +175,10 @@ EXAMPLES = {
         note="modulo 100",
         line="The server adds up what it has.",
     ),
+    "float bits": lambda: pictures.float_bits(2.3e-8, 65536.0),
+    "float bits lost": lambda: pictures.float_bits(-1.7e-9, title="a small gradient"),
+    "magnitudes": lambda: pictures.magnitudes(
+        {"as they are": random(5000) * 1e-7, "times 65,536": random(5000) * 65536e-7}, title="gradients"
+    ),
     "contact sheet": lambda: pictures.contact_sheet(pictures.ring_steps(ring_states(3))),
 }
