@@ -129,12 +129,14 @@ def _padded(size):
 
 
 def _shared(buffers, size):
-    fd = _anonymous_memory(size)
-    with mmap.mmap(fd, size) as memory:
-        start = 0
-        for raw in buffers:
-            memory[start : start + raw.nbytes] = raw
-            start += _padded(raw.nbytes)
+    """A file descriptor of memory that holds them. Written, not mapped: the kernel then fills its pages without a
+    page fault for each, in half the time."""
+    fd, start = _anonymous_memory(size), 0
+    for raw in buffers:
+        done = 0
+        while done < raw.nbytes:  # one call writes 2 GB at most
+            done += os.pwrite(fd, raw[done:], start + done)
+        start += _padded(raw.nbytes)
     return fd
 
 
