@@ -7,6 +7,7 @@ from .images import images
 from .matmul import matmul
 from .memory import memory
 from .messages import messages
+from .planner import plans, plans_page
 from .plots import bars, curves, gradients
 from .precision import float_bits, magnitudes
 from .processes import process_tree
@@ -19,6 +20,6 @@ from .widgets import Live, contact_sheet, knobs, stepper
 
 __all__ = [
     "Live", "Picture", "Table", "activations", "bars", "collective", "contact_sheet", "curves", "float_bits",
-    "gradients", "held", "images", "knobs", "magnitudes", "matmul", "memory", "messages", "process_tree", "ring_steps",
-    "shards", "split_gradients", "stale_gradients", "stepper", "timeline",
+    "gradients", "held", "images", "knobs", "magnitudes", "matmul", "memory", "messages", "plans", "plans_page",
+    "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients", "stepper", "timeline",
 ]  # fmt: skip
