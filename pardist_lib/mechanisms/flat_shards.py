@@ -12,6 +12,7 @@ S: bytes of the line. Source: Rajbhandari et al., "ZeRO: Memory Optimizations To
 Models" (2020), section 5; flat parameters: Zhao et al., "PyTorch FSDP" (2023), section 3.2.
 """
 
+import weakref
 from itertools import zip_longest
 
 import torch
@@ -163,6 +164,22 @@ class UsedParameters:
         if any(differ) and not self.every_step:
             name = self.names[differ.index(True)]
             raise ValueError(f"{problem.format(name)}: pass find_unused_parameters=True, so that ranks ask each other")
+
+
+def call_when_accumulated(parameter, method, *args):
+    """Call `method(*args)` in every backward, once the parameter's gradient is complete.
+
+    Python's garbage collector does not see through these hooks: one that holds what holds the parameter would keep
+    the whole model in memory for good. So it refers weakly to the method's object and to what can be referred to so.
+    """
+    method = weakref.WeakMethod(method)
+    weak = [weakref.ref(a) if hasattr(a, "__weakref__") else lambda a=a: a for a in args]
+
+    def hook(_):
+        if (bound := method()) is not None:
+            bound(*(a() for a in weak))
+
+    parameter.register_post_accumulate_grad_hook(hook)
 
 
 # ---- norms and state ------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from .courier import Courier
 from .flat_shards import (
     UsedParameters,
+    call_when_accumulated,
     check_origin,
     check_parameters,
     clip_sharded_grad_norm_,
@@ -95,9 +96,7 @@ class ShardedDataParallel(nn.Module):
             unit.module.register_forward_hook(lambda _, __, output, unit=unit: self._after_forward(unit, output))
             for line in unit.lines if unit.trains else ():
                 for i, p in enumerate(line.whole if line.trainable else ()):
-                    p.register_post_accumulate_grad_hook(
-                        lambda _, unit=unit, line=line, i=i: self._has_gradient(unit, line, i)
-                    )
+                    call_when_accumulated(p, self._has_gradient, unit, line, i)
             if stage == 3:
                 unit.free()
             unit.show(whole=False)

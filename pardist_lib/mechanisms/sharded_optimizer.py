@@ -5,8 +5,6 @@ elements, and an all-gather of the parameters: 2·(n − 1)/n·S sent by each ra
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020), section 5.1.
 """
 
-import weakref
-
 import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
@@ -15,6 +13,7 @@ from .courier import Courier, all_gather_line
 from .flat_shards import (
     FlatShards,
     UsedParameters,
+    call_when_accumulated,
     check_origin,
     check_parameters,
     clip_sharded_grad_norm_,
@@ -92,11 +91,10 @@ class ShardedOptimizer(Optimizer):
                 bucket.append((p, name))
         lines = [FlatShards(*zip(*bucket, strict=True), self.group) for bucket in buckets]
         self.lines += lines
-        arrived = weakref.WeakMethod(self._arrived)  # else the parameters would keep the optimizer alive
         for line in lines:
             line.sent, line.version = None, None
             for i, p in enumerate(line.whole if self.reduces else ()):
-                p.register_post_accumulate_grad_hook(lambda _, line=line, i=i: arrived() and arrived()(line, i))
+                call_when_accumulated(p, self._arrived, line, i)
         self.used = UsedParameters(
             [name for line in self.lines for name in line.names], self.find_unused_parameters, self.group
         )

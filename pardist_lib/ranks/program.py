@@ -67,9 +67,7 @@ class _Process:
         }
 
 
-def torchrun(
-    program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env=None, fork=sys.platform != "darwin"
-):
+def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env=None, fork=sys.platform != "darwin"):
     """Run a script (`train.py`) or a module (`package.module`) under torchrun, and wait for it.
 
     torchrun("train.py", "--epochs", 3, nproc=4)

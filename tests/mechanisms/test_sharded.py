@@ -1,5 +1,8 @@
 """ShardedDataParallel (ZeRO-2 and 3): against one process and against FSDP2, to the byte, and what it holds."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +15,7 @@ from torch import nn
 from pardist_lib import RankError
 from pardist_lib.lessons.watch import group_of, in_world
 from pardist_lib.mechanisms.flat_shards import FlatShards, gather_piece
-from pardist_lib.mechanisms.sharded import ShardedDataParallel
+from pardist_lib.mechanisms.sharded import ShardedDataParallel, ShardedOptimizer
 
 STAGES = [2, 3]
 
@@ -560,3 +563,28 @@ def integers():
 def test_frozen_integers_are_sharded_too(ranks):
     for rank, (whole, shape) in enumerate(ranks.run(integers)):
         assert torch.equal(whole, torch.arange(10)) and shape == (3 if rank < 2 else 2,)
+
+
+def left_behind(stage):
+    """The lines that are still in memory after a model was trained and dropped."""
+    model = Model(torch.float32)
+    if stage == 1:
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW)
+        lines = [weakref.ref(line) for line in optimizer.lines]
+    else:
+        model = ShardedDataParallel(model, stage)
+        optimizer = torch.optim.AdamW(model.parameters())
+        lines = [weakref.ref(line) for line in model._lines]
+    for step in range(2):
+        loss_of(model, step, torch.float32, 4, False).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(line() is not None for line in lines)
+    del model, optimizer
+    gc.collect()
+    return sum(line() is not None for line in lines)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_model_that_is_dropped_leaves_nothing_behind(ranks, stage):
+    assert ranks.run(left_behind, stage) == [0] * 4
