@@ -12,7 +12,7 @@ import os
 import pickle
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from glob import glob
 from itertools import count
 from math import prod
@@ -24,6 +24,8 @@ from torch._C import _distributed_c10d as c10d
 from torch._C._profiler import _ExperimentalConfig, _RecordFunctionFast
 from torch.autograd import profiler
 from torch.distributed import distributed_c10d
+
+from .memory import watching
 
 OPERATIONS = {  # torch's name of a call: ours
     "c10d::allreduce_": "all_reduce",
@@ -53,11 +55,12 @@ NOT_COMPUTE = ("autograd::", "torch::", "torch.", "_c10d_functional_autograd::")
 SLACK = 50_000  # ns by which two readings of the machine's clock may disagree
 
 
-def record(fn, /, *args, **kwargs):
+def record(fn, /, *args, memory=False, **kwargs):
     """Run `fn(*args, **kwargs)` on this rank; returns (its result, a record of it: plain data for `Trace`).
 
-    The record: (rank, start, end, messages, compute); messages a list of (name, start, end, bytes, group, peer);
-    compute (names, integer array (operations, 3) of index of name, start, end). Times in ns of the machine's
+    The record: (rank, start, end, messages, compute), and with memory=True a sixth, (times, bytes by kind) as in
+    memory.py; messages a list of (name, start, end, bytes, group, peer, torch's name of the group) in the order of the
+    calls; compute (names, integer array (operations, 3) of index of name, start, end). Times in ns of the machine's
     clock, which all its ranks share. Conventions are `Trace`'s.
 
     Costs about 0.3 µs for each tensor operation while `fn` runs, a few µs for each send and receive, and
@@ -76,12 +79,14 @@ def record(fn, /, *args, **kwargs):
     }
     with _members_of_groups() as members, _labelled_messages() as unknown_senders:
         with profiler.profile(**settings) as profile, _RecordFunctionFast(RUN):
-            result = fn(*args, **kwargs)
+            with watching() if memory else nullcontext() as watch:
+                result = fn(*args, **kwargs)
     collecting = gc.isenabled()
     gc.disable()  # a pass through all of torch's objects would take longer than what follows
     try:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        return result, (rank, *_read(profile.kineto_results.events(), members, unknown_senders))
+        made = rank, *_read(profile.kineto_results.events(), members, unknown_senders)
+        return result, (*made, watch.history()) if memory else made
     finally:
         if collecting:
             gc.enable()
@@ -279,7 +284,8 @@ def _owners_of_threads():
 
 
 def _message(call, members, unknown_senders):
-    """(name, start, end, bytes, group, peer) of a call, or None for one that was refused before it sent anything."""
+    """(name, start, end, bytes, group, peer, name of the group) of a call, or None for one that was refused before it
+    sent anything."""
     size, group, peer = 0, None, None
     if call.label:
         size, peer, group = int(call.label[0]), int(call.label[1]), call.label[2]
@@ -289,10 +295,10 @@ def _message(call, members, unknown_senders):
         group = call.entries[0]["process_group"][0]
     elif call.name not in ("send", "recv", "barrier"):
         return None
-    group = members.get(group, ())
+    known, group = group, members.get(group, ())
     start = min((w[0] for w in call.work), default=call.start)
     end = max((w[1] for w in call.work), default=call.end)
-    return call.name, start, end, size, group, group[peer] if peer in range(len(group)) else None
+    return call.name, start, end, size, group, group[peer] if peer in range(len(group)) else None, known
 
 
 def _bytes(entry, side):

@@ -90,7 +90,7 @@ class Ranks:
 
     def trace(self, fn, *args, **kwargs):
         """Like `run`, under torch's profiler on every rank: a `Trace` of what each computed and communicated;
-        the results are `trace.results`."""
+        the results are `trace.results`. With memory=True also of what each held (`trace.memory`)."""
         from pardist_lib.measure.trace import Trace, record
 
         return Trace(self.run(record, fn, *args, **kwargs))

@@ -485,8 +485,10 @@ def test_events_start_at_zero_and_overlaps_count_once():
     ]
     assert trace.seconds == 0.040 and trace.results == ["a", "b"]
     assert trace.rows() == [
-        {"rank": 0, "calls": 1, "bytes": 1234, "compute ms": 15.0, "communication ms": 18.0},
-        {"rank": 1, "calls": 0, "bytes": 0, "compute ms": 0.0, "communication ms": 0.0},
+        {"rank": 0, "calls": 1, "bytes": 1234, "compute ms": 15.0, "communication ms": 18.0}
+        | {"hidden ms": 8.0, "exposed ms": 10.0},
+        {"rank": 1, "calls": 0, "bytes": 0, "compute ms": 0.0, "communication ms": 0.0}
+        | {"hidden ms": 0.0, "exposed ms": 0.0},
     ]
     assert repr(trace).splitlines()[0] == "Trace of 2 ranks, 40.0 ms" and "1,234" in repr(trace)
     assert "<td>1,234</td>" in trace._repr_html_()
@@ -502,3 +504,92 @@ def busy():
 def test_a_long_record_is_small():
     _, made = record(busy)
     assert made[4][1].shape == (5001, 3) and len(pickle.dumps(made)) < 25 * 5001 + 1000
+
+
+def of_rank(rank, messages, compute=()):
+    import numpy as np
+
+    ms = 1_000_000
+    table = np.array([[0, a * ms, b * ms] for a, b in compute], dtype=np.int64).reshape(-1, 3)
+    made = [(name, a * ms, b * ms, 8, group, peer, known) for name, a, b, group, peer, known in messages]
+    return None, (rank, 0, 100 * ms, made, (["mm"], table))
+
+
+def test_whom_a_call_waited_for():
+    """Two groups of the same ranks are told apart by torch's name for them; a receive waits for its sender."""
+    pair = (0, 1)
+    trace = Trace(
+        [
+            of_rank(0, [("all_reduce", 0, 30, pair, None, "a"), ("all_reduce", 40, 61, pair, None, "b")]
+                    + [("send", 70, 71, pair, 1, "a"), ("broadcast", 80, 81, pair, None, "a")]),
+            of_rank(1, [("all_reduce", 60, 62, pair, None, "b"), ("all_reduce", 20, 30, pair, None, "a")]
+                    + [("recv", 65, 72, pair, 0, "a"), ("broadcast", 90, 91, pair, None, "a")]),
+        ]
+    )  # fmt: skip
+    said = {(e.rank, e.name, e.start): (e.waited_for, round(e.waited * 1e3)) for e in trace.collectives if e.waited}
+    assert said == {
+        (0, "all_reduce", 0.0): (1, 20),
+        (0, "all_reduce", 0.04): (1, 20),
+        (1, "recv", 0.065): (0, 5),
+    }  # the broadcast's root left before the other rank came
+
+
+def late():
+    time.sleep(0.03 * (dist.get_rank() == 2))
+    dist.all_reduce(torch.ones(4))
+
+
+def test_the_late_rank_is_named(ranks_of):
+    trace = ranks_of(4).trace(late)
+    for e in trace.collectives:
+        assert (e.waited_for, e.waited > 0.015) == ((None, False) if e.rank == 2 else (2, True))
+
+
+def test_hidden_and_exposed():
+    """Communication from 10 to 50 and 45 to 60; compute from 0 to 20 and from 30 to 40: 20 of 50 are hidden."""
+    messages = [("all_reduce", 10, 50, (0,), None, "a"), ("all_reduce", 45, 60, (0,), None, "a")]
+    (row,) = Trace([of_rank(0, messages, [(0, 20), (30, 40)])]).rows()
+    assert (row["compute ms"], row["communication ms"]) == (30.0, 50.0)
+    assert (row["hidden ms"], row["exposed ms"]) == (20.0, 30.0)
+
+
+# ---- as a file ------------------------------------------------------------------------------------------------
+
+
+def with_messages():
+    rank, n = dist.get_rank(), dist.get_world_size()
+    layer = torch.nn.Linear(64, 64)
+    layer(torch.ones(8, 64)).sum().backward()
+    held = [dist.all_reduce(torch.ones(1000), async_op=True) for _ in range(2)]
+    message = dist.isend(torch.ones(9), (rank + 1) % n)
+    dist.recv(torch.empty(9), (rank - 1) % n)
+    message.wait(), [h.wait() for h in held]
+
+
+@pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
+def test_perfetto(ranks_of, tmp_path, name):
+    import gzip
+    import json
+
+    trace = ranks_of(2).trace(with_messages, memory=True)
+    raw = trace.to_perfetto(tmp_path / name).read_bytes()
+    events = json.loads(gzip.decompress(raw) if name.endswith("gz") else raw)["traceEvents"]
+    by = {ph: [e for e in events if e["ph"] == ph] for ph in "MXCsf"}
+    assert sum(map(len, by.values())) == len(events)
+    assert len(by["X"]) == len(trace.events) and len(by["s"]) == len(by["f"]) == 2
+    assert {e["id"] for e in by["s"]} == {e["id"] for e in by["f"]}
+    assert all(a["ts"] <= b["ts"] for a, b in zip(by["s"], by["f"], strict=True))
+    assert {e["args"]["name"] for e in by["M"] if e["name"] == "process_name"} == {"rank 0", "rank 1"}
+    (message, *_) = (e for e in by["X"] if e["name"] == "send" and e["pid"] == 1)
+    assert message["args"]["bytes"] == 36 and message["args"]["peer"] == 0 and message["cat"] == "communication"
+    assert {e["args"]["parameters"] for e in by["C"]} >= {4 * (64 * 64 + 64)}
+    for rank in (0, 1):  # what lies on one track does not overlap
+        tracks = {}
+        for e in sorted((e for e in by["X"] if e["pid"] == rank), key=lambda e: e["ts"]):
+            assert e["tid"] == 0 or tracks.get(e["tid"], 0) <= e["ts"] + 1e-6
+            tracks[e["tid"]] = e["ts"] + e["dur"]
+
+
+def test_a_file_for_perfetto_ends_in_json(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.json or \.json\.gz"):
+        made_up().to_perfetto(tmp_path / "trace.txt")
