@@ -6,6 +6,7 @@ from .figure import Picture
 from .images import images
 from .matmul import matmul
 from .memory import memory
+from .memory_over_time import memory_over_time
 from .messages import messages
 from .planner import plans, plans_page
 from .plots import bars, curves, gradients
@@ -16,10 +17,12 @@ from .split_gradients import split_gradients
 from .staleness import stale_gradients
 from .table import Table
 from .timeline import timeline
+from .timeline_page import explore
 from .widgets import Live, contact_sheet, knobs, stepper
 
 __all__ = [
-    "Live", "Picture", "Table", "activations", "bars", "collective", "contact_sheet", "curves", "float_bits",
-    "gradients", "held", "images", "knobs", "magnitudes", "matmul", "memory", "messages", "plans", "plans_page",
-    "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients", "stepper", "timeline",
+    "Live", "Picture", "Table", "activations", "bars", "collective", "contact_sheet", "curves", "explore",
+    "float_bits", "gradients", "held", "images", "knobs", "magnitudes", "matmul", "memory", "memory_over_time",
+    "messages", "plans", "plans_page", "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients",
+    "stepper", "timeline",
 ]  # fmt: skip

@@ -1,5 +1,7 @@
 """One of each picture, with data whose numbers the tests know."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from pardist_lib import pictures
@@ -27,6 +29,14 @@ def ring_states(world):
 
 def event(rank, kind, name, start, end, size=0, peer=None):
     return {"rank": rank, "kind": kind, "name": name, "start": start, "end": end, "bytes": size, "peer": peer}
+
+
+def held_over_time():
+    """Memory of two ranks, as a trace has it."""
+    times = np.linspace(0, 0.05, 400)
+    wave = np.clip(np.sin(times * 60 * np.pi), 0, 1)
+    held = np.stack([np.full(400, 2e6), wave * 2e6, np.where(times > 0.03, 4e6, 0), wave[::-1] * 1e6, wave * 3e5], 1)
+    return {rank: SimpleNamespace(times=times, bytes=held * (1 + rank / 4)) for rank in (0, 1)}
 
 
 def step_events(world=4):
@@ -128,6 +138,7 @@ EXAMPLES = {
         {"plain": 16e6, "stage 3": 4.5e6},
         title="float32 and AdamW",
     ),
+    "memory over time": lambda: pictures.memory_over_time(held_over_time(), marks={1: 9e6}),
     "timeline": lambda: pictures.timeline(step_events()),
     "ring timeline": lambda: pictures.timeline(ring_events()),
     "process tree": lambda: pictures.process_tree(processes(8)),
