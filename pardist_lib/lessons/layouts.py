@@ -3,6 +3,7 @@
 Data, tensor and ZeRO parallelism are the course's own mechanisms; pipelines are torch.distributed.pipelining's.
 """
 
+import gc
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -80,9 +81,10 @@ class Training:
 
 def make_step(model, plan, batch, seed=0):
     """On a rank: the `Training` of a `Transformer` under a plan that is `runnable`, on `batch` seeded sequences."""
+    check(model, plan, batch)
     if not runnable(plan, batch):
         raise ValueError(f"{plan} cannot be run here: {runnable.__doc__.partition(': ')[2]} No cp, ep, v, recompute.")
-    check(model, plan, batch)
+    gc.collect()  # what an earlier training held: its hooks and its pipeline refer to each other in circles
     torch.manual_seed(seed)
     tensor, data, pipeline = groups_of(plan)
     whole = GPT(model.vocab, model.hidden, model.heads, model.layers, model.sequence)

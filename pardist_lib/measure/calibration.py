@@ -63,7 +63,8 @@ def describe(taken, memory=1e9):
     """(`Machine`, details) from `readings`. details: {"fits": {(operation, ranks): Fit}, "busy", "measured": seconds
     of (forward and backward, optimizer) of each of MODELS, "fitted": what the machine says of them}."""
     n, wanted, counts = (taken[0][key] for key in ("n", "wanted", "counts"))
-    measured = np.quantile([r["steps"] for one in taken for r in one["of ranks"]], QUANTILE, axis=0)
+    steps = np.array([[r["steps"] for r in one["of ranks"]] for one in taken])  # (rounds, ranks, models, 2)
+    measured = np.quantile(steps.max(1), QUANTILE, axis=0)  # a step is over when the last rank is ready
     table = np.array([_features(model, micro) for model, micro in MODELS], float)
     speeds = nonnegative(table[:, :3], measured[:, 0])  # seconds of a FLOP, of a byte touched, of a layer
     updates = nonnegative(table[:, 3:], measured[:, 1])  # seconds of a byte of states, of a layer
@@ -72,7 +73,7 @@ def describe(taken, memory=1e9):
         times = [[one["of ranks"][0]["calls"][k][i] for one in taken] for i in range(len(SIZES))]
         fits[name, d] = fit(SIZES, times, name, d, quantile=QUANTILE)
     work = [
-        np.quantile([r["work"][c] for one in taken for r in one["of ranks"][:count]], QUANTILE)
+        np.quantile([max(r["work"][c] for r in one["of ranks"][:count]) for one in taken], QUANTILE)
         for c, count in enumerate(counts)
     ]
     busy = {count: float(seconds / work[-1]) for count, seconds in zip(counts, work, strict=True)}
@@ -136,7 +137,7 @@ def _measure(calls, counts):
     return {"steps": steps, "calls": moved, "work": [_work(count) for count in counts]}
 
 
-def _work(count, size=256, times=12):
+def _work(count, size=256, times=24):
     """Seconds of some matrix products on this rank, while `count` ranks make them and the others wait."""
     a = torch.ones(size, size)
     dist.barrier()
@@ -180,8 +181,10 @@ def _step(model, micro):
         began = time.perf_counter()
         logits = F.linear(layers(table(tokens) + position), table.weight)
         F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
-        middle = time.perf_counter()
+        backward = time.perf_counter() - began
+        dist.barrier()
+        began = time.perf_counter()
         optimizer.step()
-        return middle - began, time.perf_counter() - middle
+        return backward, time.perf_counter() - began
 
     return step
