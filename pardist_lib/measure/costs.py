@@ -188,6 +188,10 @@ def check(model, plan, batch):
         raise ValueError(f"recompute is one of {RECOMPUTE} and zero 0 to 3, not {plan.recompute!r}, {plan.zero!r}")
     if plan.sp and plan.tp == 1:
         raise ValueError("sp shares the sequence among tensor-parallel ranks: with tp 1 there are none")
+    if plan.sp and model.sequence // plan.cp % plan.tp:
+        raise ValueError(
+            f"sp: tp {plan.tp} does not divide {model.sequence // plan.cp} tokens of a sequence: without sp it need not"
+        )
 
 
 def _near(plan, name, whole):

@@ -404,7 +404,8 @@ def _all_plans(model, gpus, batch, max_micro, only=None):
     kinds = zip(*choices, strict=True) if choices else ([], [], [])
     sp, zero, how = (np.tile(np.array(column), len(table)) for column in kinds)
     dp, tp, _, cp = columns[:4]
-    keep = (~sp.astype(bool) | (tp > 1)) & ((zero == 0) | (dp * cp > 1))
+    shares = (tp > 1) & (model.sequence // cp % tp == 0)
+    keep = (~sp.astype(bool) | shares) & ((zero == 0) | (dp * cp > 1))
     return Plan(*(column[keep] for column in (*columns, sp, zero, how)))
 
 

@@ -219,6 +219,7 @@ def test_many_plans_at_once_are_one_after_the_other():
         (lambda: training_memory(GPT3, Plan(micro=4), batch=6), "micro 4 does not divide 6 sequences a rank: micro 3"),
         (lambda: training_memory(GPT3, Plan(pp=4, v=2), batch=6), "pp 4 has to divide the 6 micro-batches"),
         (lambda: training_memory(GPT3, Plan(sp=True)), "with tp 1 there are none"),
+        (lambda: training_memory(GPT3, Plan(sp=True, tp=6)), "sp: tp 6 does not divide 2048 tokens"),
         (lambda: training_memory(GPT3, Plan(zero=4)), "zero 0 to 3"),
         (lambda: training_flops(GPT3, 1, "some"), "recompute is one of none, selective, full, not 'some'"),
         (lambda: training_seconds(GPT3, 1e9, 0, 1e12), "are above 0"),
