@@ -143,12 +143,15 @@ class next_scale:
 
 # ---- step_or_skip ---------------------------------------------------------------------------------------------
 
+LARGEST = "largest"
 SIZES = [5, 3, 0, 7]  # elements of each rank's shard
 
 
 def _spoilt_gradient(rank, dtype, seed, bad):
     gradient = values((SIZES[rank],), dtype, rank, seed) * 1000
-    if rank in bad and len(gradient):
+    if bad.get(rank) == LARGEST:
+        gradient[:] = 0.9 * torch.finfo(dtype).max  # finite, but their sum is not
+    elif rank in bad and len(gradient):
         gradient[len(gradient) // 2] = bad[rank]
     return gradient
 
@@ -183,17 +186,8 @@ class step_or_skip:
 
     @staticmethod
     def check(run):
-        spoils = [
-            {},
-            {3: INF},
-            {1: INF},
-            {0: NAN, 1: NAN},
-            {1: -INF},
-            {0: INF, 1: INF, 3: NAN},
-            {0: -INF},
-            {3: NAN},
-            {},
-        ]
+        spoils = [{}, {3: INF}, {1: INF}, {0: NAN, 1: NAN}, {1: -INF}, {0: INF, 1: INF, 3: NAN}, {0: -INF}, {3: NAN},
+                  {}, {0: LARGEST, 1: LARGEST}]  # fmt: skip
         cases = [(2, 64.0, 1.0, F64, ()), (4, 1024.0, 0.5, F32, ()), (4, 8.0, 0.1, F64, PAIRS), (3, 16.0, 0.2, F32, ()),
                  (4, 32.0, 0.3, F64, ALONE)]  # fmt: skip
         for n, scale, lr, dtype, groups in cases:
@@ -207,7 +201,7 @@ class step_or_skip:
 def _judge_steps(seen, members, spoils, scale, lr, dtype, about, everywhere):
     only_calls(seen, ("all_reduce",), {"": "it calls {op}: one all_reduce of a single number is all that is needed"})
     steps = range(len(spoils))
-    bad = [{r: v for r, v in spoil.items() if r in everywhere and SIZES[r]} for spoil in spoils]
+    bad = [{r: v for r, v in spoil.items() if r in everywhere and SIZES[r] and v != LARGEST} for spoil in spoils]
     near = [{r: v for r, v in one.items() if r in members} for one in bad]
     p = [[values((SIZES[r],), dtype, r, 50 + i) for r in members] for i in steps]
     g = [[_spoilt_gradient(r, dtype, i, spoils[i]) for r in members] for i in steps]
@@ -247,6 +241,9 @@ def _judge_steps(seen, members, spoils, scale, lr, dtype, about, everywhere):
         would = if_skipped(skips)
         if _alike(after, would) and not _alike(would, right):
             raise Wrong(why, about)
+    if _alike(after[:-1], right[:-1]) and _alike(after[-1:], p[-1:]) and not _alike(right[-1:], p[-1:]):
+        why = "gradients that are large, but finite, are taken for an overflow: look at each number, not at their sum"
+        raise Wrong(why, about)
     for i in steps:
         said = " and ".join(f"rank {r} has {v}" for r, v in near[i].items()) or "all gradients finite"
         here = f"{about}, {said}"
@@ -392,6 +389,8 @@ def _clipped(g, scale, most):
         ("the norms of the tensors are added up: add up their squares, and take the root once",
          times(at_most(sum(_length([t]) for t in g) / scale) / scale)),
         ("divided by the squared norm: the root is missing", times(at_most(norm**2) / scale)),
+        ("1e-6 was added to the norm, as torch's own clipping does: leave it out here",
+         times(at_most(norm + 1e-6) / scale)),
         ("each number is cut off at ±max_norm: it is the norm that is bounded",
          [(t / scale).clamp(-most, most) for t in g]),
     ]  # fmt: skip

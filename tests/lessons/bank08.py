@@ -207,6 +207,16 @@ def makes_a_new_tensor(parameters, gradients, scale, lr, group=None):
     return True
 
 
+@mistake("step_or_skip", "large, but finite")
+def looks_at_the_sum(parameters, gradients, scale, lr, group=None):
+    total = gradients.sum()
+    dist.all_reduce(total, group=group)
+    if not total.isfinite():
+        return False
+    parameters -= lr * (gradients / scale)
+    return True
+
+
 @mistake("step_or_skip", "it calls all_gather")
 def gathers_verdicts(parameters, gradients, scale, lr, group=None):
     mine = torch.tensor([float(gradients.isfinite().all())])
@@ -332,6 +342,14 @@ def divides_by_zero(gradients, scale, max_norm):
     for g in gradients:
         g.mul_(max_norm / total if not total > max_norm and total == 0 else (max_norm / total).clamp(max=1)).div_(scale)
     return total.item()
+
+
+@mistake("unscale_and_clip", "1e-6 was added to the norm")
+def as_torch_clips(gradients, scale, max_norm):
+    times(gradients, 1 / scale)
+    norm = length(gradients)
+    times(gradients, min(1.0, max_norm / (norm + 1e-6)))
+    return norm
 
 
 @mistake("unscale_and_clip", "it is the norm that is bounded")
