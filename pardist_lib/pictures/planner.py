@@ -5,10 +5,10 @@ from html import escape
 from pathlib import Path
 
 from . import palette
-from .figure import WIDTH, Picture, block, fit, heading, paint, sheet, write_left
+from .figure import WIDTH, Picture, block, fit, heading, paint, sheet, text_width, write_left
 from .values import number, size
 
-LEFT, RIGHT, TOP, ROW = 2.75, 1.45, 0.95, 0.5  # inches: the plan's name, its seconds and bytes; legend; a row
+LEFT, TOP, ROW = 0.42, 0.92, 0.68  # inches: the place, heading and legend, a plan with its reason
 
 
 def plans(ranked, *, title="", note="", limit=None):
@@ -21,11 +21,13 @@ def plans(ranked, *, title="", note="", limit=None):
     rows = [_checked(row) for row in ranked]
     if not rows:
         raise ValueError("plans: expected at least one {'plan', 'parts', 'memory'}")
-    names = [n for n in dict.fromkeys(k for r in rows for k in r["parts"]) if any(r["parts"].get(n) for r in rows)]
-    longest = max(r["seconds"] for r in rows) or 1.0
-    scale = (WIDTH - LEFT - RIGHT) / longest
+    known = list(dict.fromkeys(k for r in rows for k in r["parts"]))  # a part has the same colour in every picture
+    names = [name for name in known if any(r["parts"].get(name) for r in rows)]
+    styles = {name: palette.kind_style(known.index(name)) for name in known}
+    scale = (WIDTH - LEFT - 0.2) / (max(r["seconds"] for r in rows) or 1.0)
     lines = _legend_lines(names)
     top = TOP + 0.24 * (len(lines) - 1)
+    tall = [ROW if r["why"] else ROW - 0.2 for r in rows]
     alt = f"{title or 'Plans'}: " + "; ".join(_said(i, r) for i, r in enumerate(rows)) + "."
 
     def draw(figure):
@@ -34,29 +36,33 @@ def plans(ranked, *, title="", note="", limit=None):
         for k, line in enumerate(lines):
             x = 0.15
             for name in line:
-                fill, hatch = palette.kind_style(names.index(name))
+                fill, hatch = styles[name]
                 block(axes, x, 0.47 + 0.24 * k, 0.26, 0.16, fill, hatch=hatch, line=0.5)
                 x = write_left(axes, x + 0.32, 0.555 + 0.24 * k, name) + 0.2
-        for i, row in enumerate(rows):
-            y = top + i * ROW
-            text, points = fit(f"{i + 1}  {row['plan']}", LEFT - 0.25, 9, bold=not i)
-            axes.text(0.15, y + 0.1, text, size=points, va="center", weight="normal" if i else "bold")
+        y = top
+        for i, (row, high) in enumerate(zip(rows, tall, strict=True)):
+            told = _numbers(row, limit)
+            room = WIDTH - LEFT - 0.4 - text_width(told, 9)
+            text, points = fit(row["plan"], room, 9.5, bold=not i)
+            axes.text(0.15, y, f"{i + 1}", size=9.5, va="center", weight="normal" if i else "bold")
+            axes.text(LEFT, y, text, size=points, va="center", weight="normal" if i else "bold")
+            axes.text(WIDTH - 0.2, y, told, size=9, va="center", ha="right")
             x = LEFT
             for name in names:
                 wide = row["parts"].get(name, 0) * scale
-                fill, hatch = palette.kind_style(names.index(name))
+                fill, hatch = styles[name]
                 if wide:
-                    block(axes, x, y, wide, 0.21, fill, hatch=hatch, line=0.5)
+                    block(axes, x, y + 0.12, wide, 0.18, fill, hatch=hatch, line=0.5)
                 x += wide
-            write_left(axes, x + 0.08, y + 0.105, _numbers(row, limit))
             if row["why"]:
-                text, points = fit(row["why"], WIDTH - 0.5, 8)
-                axes.text(0.33, y + 0.32, text, size=points, va="center", color=palette.MUTED)
+                text, points = fit(row["why"], WIDTH - LEFT - 0.2, 8)
+                axes.text(LEFT, y + 0.4, text, size=points, va="center", color=palette.MUTED)
+            y += high
 
     table = [
         {"plan": r["plan"], "seconds": r["seconds"], "memory": r["memory"], **r["parts"], "why": r["why"]} for r in rows
     ]
-    return Picture(paint((WIDTH, top + len(rows) * ROW), draw), alt, table, title)
+    return Picture(paint((WIDTH, top + sum(tall) - 0.05), draw), alt, table, title)
 
 
 def _checked(row):
