@@ -68,9 +68,8 @@ def alpha_beta(ranks, operation="all_reduce", *, n=None, sizes=SIZES, repeats=9)
     return fit(sizes, times, name, n)
 
 
-def fit(sizes, times, operation="", ranks=0, *, quantile=0.5, resamples=300, seed=0):
-    """The `Fit` of measured seconds: times[i] has those of sizes[i], as many as there are. quantile: of each size's
-    repetitions, 0.5 their median.
+def fit(sizes, times, operation="", ranks=0, *, resamples=300, seed=0):
+    """The `Fit` of measured seconds: times[i] has those of sizes[i], as many as there are.
 
     A line through the medians: the one whose relative errors add up to least, which a single slow size cannot pull
     away, with α ≥ 0 and β > 0. The intervals are those of a percentile bootstrap, each size's repetitions drawn anew.
@@ -81,9 +80,9 @@ def fit(sizes, times, operation="", ranks=0, *, quantile=0.5, resamples=300, see
     if len(set(sizes)) < 2 or (sizes < 0).any():
         raise ValueError(f"two different sizes of 0 or more bytes are needed, not {sizes.tolist()}")
     draw = np.random.default_rng(seed)
-    medians = [np.quantile(draw.choice(t, (resamples, t.size)), quantile, axis=1) for t in times]
+    medians = [np.median(draw.choice(t, (resamples, t.size)), axis=1) for t in times]
     again = np.array([_line(sizes, column) for column in np.array(medians).T])
-    alpha, per_byte = _line(sizes, np.array([np.quantile(t, quantile) for t in times]))
+    alpha, per_byte = _line(sizes, np.array([np.median(t) for t in times]))
     low, high = np.percentile(again, [2.5, 97.5], axis=0)
     return Fit(
         operation, ranks, float(alpha), _inverse(per_byte), (float(low[0]), float(high[0])),
@@ -116,8 +115,9 @@ def _inverse(per_byte):
 # ---- on a rank ------------------------------------------------------------------------------------------------
 
 
-def sweep(operation, sizes, repeats, n, calls=3):
-    """On a rank: seconds of a call for each of `sizes`, `repeats` times, the sizes in turn."""
+def sweep(operation, sizes, repeats, n, calls=4):
+    """On a rank: seconds of a call for each of `sizes`, `repeats` times, the sizes in turn. Each is the mean of
+    `calls` calls in a row, of a quarter as many above 1 MB."""
     group = group_of(n)
     call = operation if callable(operation) else OPERATIONS[operation]
     tensors = [torch.ones(max(size // 4, n) // n * n) for size in sizes]  # float32, divisible by the ranks
@@ -126,11 +126,12 @@ def sweep(operation, sizes, repeats, n, calls=3):
         for tensor, kept in zip(tensors, times, strict=True):
             dist.barrier()
             began = time.perf_counter()
-            for _ in range(calls):
+            many = max(1, calls // 4) if tensor.nbytes > 1 << 20 else calls
+            for _ in range(many):
                 call(tensor, group)
             dist.barrier()
             if turn >= 0:
-                kept.append((time.perf_counter() - began) / calls)
+                kept.append((time.perf_counter() - began) / many)
             tensor.fill_(1)
     return times
 
@@ -255,7 +256,7 @@ def race(ranks, operations, sizes, repeats=9, n=None):
 
 
 def _race(operations, sizes, repeats, n):
-    turns = [[sweep(f, sizes, 1, n, calls=2) for f in operations] for _ in range(repeats)]
+    turns = [[sweep(f, sizes, 1, n) for f in operations] for _ in range(repeats)]
     return [[[turn[k][i][0] for turn in turns] for i in range(len(sizes))] for k in range(len(operations))]
 
 

@@ -25,8 +25,7 @@ MODELS = (  # (model, sequences in a micro-batch): narrow and wide, few and many
     (Transformer(320, 2, 8, 640, 48, dropout=False, fused=True), 1),
     (Transformer(384, 2, 8, 320, 64, dropout=False, fused=True), 3),
 )
-SIZES = (1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 22)
-QUANTILE = 0.25  # of repetitions: whatever else a machine does makes them longer, never shorter
+SIZES = (1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 22, 1 << 24)  # the last is beyond most caches
 
 
 def calibrate(ranks, operations=None, *, rounds=5, memory=1e9):
@@ -34,7 +33,7 @@ def calibrate(ranks, operations=None, *, rounds=5, memory=1e9):
 
     operations  {"all_reduce" | "reduce_scatter" | "all_gather" | "exchange": f(tensor, group)}, where training does
                 not use torch's own
-    rounds      how often everything is measured, in turn; the lower quartiles count
+    rounds      how often everything is measured, in turn; medians count
     memory      bytes that a plan may fill on each rank
 
     flops is what is sustained, so efficiency is 1; overlap is 0, since a message needs the same cores.
@@ -64,16 +63,16 @@ def describe(taken, memory=1e9):
     of (forward and backward, optimizer) of each of MODELS, "fitted": what the machine says of them}."""
     n, wanted, counts = (taken[0][key] for key in ("n", "wanted", "counts"))
     steps = np.array([[r["steps"] for r in one["of ranks"]] for one in taken])  # (rounds, ranks, models, 2)
-    measured = np.quantile(steps.max(1), QUANTILE, axis=0)  # a step is over when the last rank is ready
+    measured = np.median(steps.max(1), axis=0)  # a step is over when the last rank is ready
     table = np.array([_features(model, micro) for model, micro in MODELS], float)
     speeds = nonnegative(table[:, :3], measured[:, 0])  # seconds of a FLOP, of a byte touched, of a layer
     updates = nonnegative(table[:, 3:], measured[:, 1])  # seconds of a byte of states, of a layer
     fits = {}
     for k, (name, d) in enumerate(wanted):
         times = [[one["of ranks"][0]["calls"][k][i] for one in taken] for i in range(len(SIZES))]
-        fits[name, d] = fit(SIZES, times, name, d, quantile=QUANTILE)
+        fits[name, d] = fit(SIZES, times, name, d)
     work = [
-        np.quantile([max(r["work"][c] for r in one["of ranks"][:count]) for one in taken], QUANTILE)
+        np.median([max(r["work"][c] for r in one["of ranks"][:count]) for one in taken])
         for c, count in enumerate(counts)
     ]
     busy = {count: float(seconds / work[-1]) for count, seconds in zip(counts, work, strict=True)}
@@ -133,7 +132,7 @@ def _measure(calls, counts):
     for step in _steps:
         dist.barrier()
         steps.append(step())
-    moved = [[t[0] for t in sweep(operation, SIZES, 1, d, calls=2)] for operation, d in calls]
+    moved = [[t[0] for t in sweep(operation, SIZES, 1, d, calls=4)] for operation, d in calls]
     return {"steps": steps, "calls": moved, "work": [_work(count) for count in counts]}
 
 

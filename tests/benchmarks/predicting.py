@@ -1,7 +1,7 @@
 """Predicted against measured: a step's time, a rank's memory and the planner's choice, on four ranks of this machine.
 
 Calibration trains small models on single ranks and times collectives; it never runs a layout. Readings and steps are
-taken in turn, round after round, so that a slow spell of the machine hits both; of either the lower quartile counts.
+taken in turn, round after round, so that a slow spell of the machine hits both; of either the median counts.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ import numpy as np
 
 from pardist_lib import Ranks
 from pardist_lib.lessons.layouts import OPERATIONS, described, memory_of, runnable, seconds_of
-from pardist_lib.measure.calibration import QUANTILE, describe, readings
+from pardist_lib.measure.calibration import describe, readings
 from pardist_lib.measure.costs import Plan, training_memory
 from pardist_lib.measure.planner import best_plans, estimate
 
@@ -34,18 +34,18 @@ def rows(pairs=30, rounds=None):
     """One dict for each figure; `pairs` is three times the rounds."""
     cases = [(described(*sizes), batch, plan) for sizes, batch in MODELS for plan in layouts(batch)]
     with Ranks(4, timeout=120) as ranks:
-        taken, times = [], [[] for _ in cases]
+        taken, times = {model: [] for model, *_ in cases}, [[] for _ in cases]
         for _ in range(rounds or max(pairs // 3, 1)):
             for (model, batch, plan), kept in zip(cases, times, strict=True):
-                taken += readings(ranks, OPERATIONS) if plan.tp > 1 or plan.pp > 1 else []
+                taken[model] += readings(ranks, OPERATIONS) if plan.tp > 1 or plan.pp > 1 else []
                 kept += ranks.run(seconds_of, model, plan, batch, 2, quiet=True)[0]
-        machine, _ = describe(taken)
-        chosen = list(_first_choices(ranks, machine, cases, times))
+        machines = {model: describe(found)[0] for model, found in taken.items()}  # what was read while it was run
+        chosen = list(_first_choices(ranks, machines, cases, times))
         held = [error for case in cases for error in _memory(ranks, *case)]
     errors = []
     for (model, batch, plan), kept in zip(cases, times, strict=True):
-        measured, low, high = np.quantile(kept, [QUANTILE, 0, 0.5])
-        predicted = estimate(model, plan, machine, batch, "float32").seconds
+        measured, low, high = np.quantile(kept, [0.5, 0.25, 0.75])
+        predicted = estimate(model, plan, machines[model], batch, "float32").seconds
         errors.append(abs(predicted / measured - 1))
         yield _row(f"width {model.hidden}, {plan}: predicted {predicted * 1e3:.0f} ms / measured {measured * 1e3:.0f}",
                    predicted / measured, predicted / high, predicted / low, "×", "stated")  # fmt: skip
@@ -59,15 +59,15 @@ def rows(pairs=30, rounds=None):
         yield _row(name, place, place, place, "", "≤ 2")
 
 
-def _first_choices(ranks, machine, cases, times):
+def _first_choices(ranks, machines, cases, times):
     """(model, place among the measured times, plan) of the planner's first choice for each model."""
     for sizes, batch in MODELS:
         model = described(*sizes)
-        ranked = best_plans(model, machine, 4, batch, states="float32", most=10_000, max_micro=batch)
+        ranked = best_plans(model, machines[model], 4, batch, states="float32", most=10_000, max_micro=batch)
         plan = next(r.plan for r in ranked if runnable(r.plan, batch))
-        measured = {p: np.quantile(t, QUANTILE) for (m, _, p), t in zip(cases, times, strict=True) if m == model}
+        measured = {p: np.median(t) for (m, _, p), t in zip(cases, times, strict=True) if m == model}
         if plan not in measured:
-            measured[plan] = np.quantile(ranks.run(seconds_of, model, plan, batch, 9, quiet=True)[0], QUANTILE)
+            measured[plan] = np.median(ranks.run(seconds_of, model, plan, batch, 9, quiet=True)[0])
         yield model, sorted(measured.values()).index(measured[plan]) + 1, plan
 
 
