@@ -123,7 +123,7 @@ class Watch:
         self.clock, self.notice, self.began = clock, notice, clock()
         self.kinds, self.changes = [], []  # of the storages by number; (when, number, bytes more)
         self.numbers, self.sizes, self.refs, self.hooks = {}, [], {}, []  # numbers: by address of the C++ storage
-        self.seen, self.mode, self.open = set(), _Watching(self), True  # seen: ids of parameters with a hook
+        self.mode, self.open = _Watching(self), True
 
     def touch(self, storage, old=False):
         """The number of a storage. old: it was there before it was seen, so from the beginning on."""
@@ -155,8 +155,8 @@ class Watch:
 
     def parameter(self, p):
         self.mark(p, PARAMETERS)
-        if id(p) not in self.seen and p.requires_grad and p.is_leaf:
-            self.seen.add(id(p))
+        known = (p._post_accumulate_grad_hooks or {}).values()
+        if p.requires_grad and p.is_leaf and self._got_gradient not in known:
             self.hooks.append(p.register_post_accumulate_grad_hook(self._got_gradient))
 
     def _got_gradient(self, p):

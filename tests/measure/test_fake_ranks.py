@@ -144,8 +144,8 @@ def test_memory_is_that_of_real_ranks(ranks_of):
     fake = fake_trace(step, world_size=2, ranks=[0, 1])
     for rank in (0, 1):
         highest = [m.memory[rank].highest for m in (real, fake)]
-        for kind in ("gradients", "optimizer state"):
-            assert highest[0][kind] == highest[1][kind], kind
+        assert highest[0]["optimizer state"] == highest[1]["optimizer state"]
+        assert highest[0]["gradients"] == pytest.approx(highest[1]["gradients"], rel=0.01)
         assert highest[0]["parameters"] == pytest.approx(highest[1]["parameters"], rel=0.15)
         assert highest[0]["activations"] == pytest.approx(highest[1]["activations"], rel=0.05)
 
