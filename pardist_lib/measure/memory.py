@@ -73,7 +73,7 @@ class Memory:
 def watching(clock=time.time_ns, notice=None):
     """While open, notes the storages that this thread touches; gives a `Watch`, whose `history()` is plain data.
 
-    Costs 10 to 20 µs for each operation. notice(function, args, result) is called for each one as well.
+    Costs about 25 µs for each operation. notice(function, args, result) is called for each one as well.
     """
     watch = Watch(clock, notice)
     plain_new, own_resize = vars(nn.Parameter)["__new__"], vars(torch.UntypedStorage).get("resize_")

@@ -63,8 +63,8 @@ class Trace:
 
     Communication is *hidden* while the same rank computes, and *exposed* the rest of the time: `rows` has both.
 
-    With memory=True (`ranks.trace(fn, memory=True)`) `memory` is what each rank held, `Memory` by rank; that costs 10
-    to 20 µs for each operation more, so read the times of such a trace with care.
+    With memory=True (`ranks.trace(fn, memory=True)`) `memory` is what each rank held, `Memory` by rank; that costs
+    about 25 µs for each operation more, so read the times of such a trace with care.
 
     A call that raises before anything was sent is left out. gloo does some operations by way of another; they
     stand here under the name that was called.
