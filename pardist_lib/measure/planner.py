@@ -5,7 +5,7 @@ matrix products run, how much communication hides behind them) it is a field of 
 
 Ranks are laid out as Megatron does: tensor-parallel ones next to each other, then those of a context, then
 data-parallel ones, pipeline stages furthest apart. An axis whose groups reach beyond a node uses the links between
-nodes.
+nodes; a collective's ring uses those of all its ranks in a node at once, as NCCL's do.
 
 Sources: Narayanan et al. (SC'21), sections 2.2, 3 and 4.1; Korthikanti et al. (2022), section 4.2.2; Rajbhandari et
 al. (2020), section 7; Liu et al., "Ring Attention" (2023), for the context axis.
@@ -89,6 +89,8 @@ class Machine:
         for name in ("flops", "memory", "node", "touch", "update"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of a machine is above 0, not {getattr(self, name)!r}")
+        if not isinstance(self.node, (int, np.integer)):
+            raise ValueError(f"node is a whole number of GPUs, not {self.node!r}")
         for name, low in (("efficiency", 1e-9), ("overlap", 0)):
             if not low <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, not {getattr(self, name)!r}")
@@ -265,9 +267,17 @@ def _waiting(machine, plan, m):
 
 
 def _call(machine, operation, ranks, size, reach):
-    """Seconds of a collective on `ranks` ranks, `reach` neighbours apart: as measured, or a ring's."""
+    """Seconds of a collective on `ranks` ranks among `reach` neighbours: as measured, or a ring's.
+
+    A ring over several nodes leaves each by the cards of all its ranks there, a part of the tensor by each.
+    """
     halves = 2 if operation == "all_reduce" else 1
-    seconds = halves * half_all_reduce(ranks, size, *_link(machine, reach))
+    latency, bandwidth = _link(machine, reach)
+    together = np.clip(machine.node * np.asarray(ranks) // reach, 1, ranks)  # of these ranks, in a node
+    bandwidth = np.where(
+        np.asarray(reach) <= machine.node, bandwidth, np.minimum(machine.within.bandwidth, together * bandwidth)
+    )
+    seconds = halves * half_all_reduce(ranks, size, latency, bandwidth)
     for (name, n), link in machine.calls.items():
         if name == operation:
             seconds = np.where(np.asarray(ranks) == n, link.latency + size / link.bandwidth, seconds)
@@ -319,6 +329,9 @@ def best_plans(model, machine, gpus, batch, *, states="mixed", most=10, max_micr
             raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
     if unknown := set(only or {}) - {f.name for f in fields(Plan)}:
         raise ValueError(f"a plan has no {', '.join(sorted(unknown))}: {', '.join(f.name for f in fields(Plan))}")
+    for name, values in (only or {}).items():
+        if not isinstance(values, (tuple, list, set, range)):
+            raise ValueError(f"only has several values of {name}, such as ({values!r},), not {values!r}")
     bytes_of(states)
     plans = _all_plans(model, gpus, batch, max_micro, only)
     if not len(plans.dp):

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from pardist_lib.measure.costs import RECOMPUTE, Plan, Transformer
+from pardist_lib.measure.costs import RECOMPUTE, Plan, Transformer, training_memory
 from pardist_lib.measure.planner import Estimate, Link, Machine, best_plans, estimate, half_all_reduce, why_not
 
 A100 = Machine(312e12, 80e9, 8, Link(5e-6, 250e9), Link(1e-5, 25e9))
@@ -38,9 +38,19 @@ def test_tensor_parallel_messages_of_a_block():
     assert estimate(GPT3, replace(plan, sp=True), still, 1).tensor == pytest.approx(half * (10 * 96 + 4))
 
 
-def test_an_axis_that_leaves_the_node_takes_the_slow_link():
-    within, across = (estimate(GPT3, Plan(tp=tp), A100, 1).tensor for tp in (8, 16))
-    assert across > 8 * within
+def test_a_ring_between_nodes_uses_the_links_of_all_its_ranks():
+    """Bytes a second of each rank: within a node 250, of 8 ranks in each of two nodes 8 · 25, of single ones 25."""
+    still = replace(A100, within=Link(0, 250e9), between=Link(0, 25e9), overlap=0.0)
+    size = 2 * GPT3.sequence * GPT3.hidden
+    for tp, bandwidth in ((8, 250e9), (16, 200e9)):
+        half = half_all_reduce(tp, size, 0, bandwidth)
+        assert estimate(GPT3, Plan(tp=tp), still, 1).tensor == pytest.approx(half * (8 * 96 + 4))
+    for tp, bandwidth in ((1, 200e9), (2, 100e9), (8, 25e9)):
+        plan = Plan(dp=16, tp=tp)
+        gradients = training_memory(GPT3, plan)["gradients"]
+        assert estimate(GPT3, plan, still, 16).data == pytest.approx(2 * half_all_reduce(16, gradients, 0, bandwidth))
+    wide = replace(still, between=Link(0, 1e12))
+    assert estimate(GPT3, Plan(tp=16), wide, 1).tensor < estimate(GPT3, Plan(tp=16), still, 1).tensor
 
 
 def test_data_parallel_messages_hide_as_far_as_backward_goes():
@@ -89,6 +99,8 @@ def test_why_not():
     [
         (lambda: Link(1e-6, -1), "bandwidth above 0"),
         (lambda: replace(A100, memory=0), "memory of a machine is above 0"),
+        (lambda: replace(A100, node=2.5), "node is a whole number of GPUs"),
+        (lambda: best_plans(GPT3, A100, 8, 8, only={"tp": 2}), r"only has several values of tp, such as \(2,\)"),
         (lambda: replace(A100, efficiency=2), "efficiency is a share from 0 to 1"),
         (
             lambda: best_plans(GPT3, A100, 8, 8),
