@@ -82,6 +82,14 @@ def _rule(overflow_factor=0.5, after=0, back=True, reset_on_overflow=True, reset
     return rule
 
 
+def _bounded(most):
+    def rule(scale, good, overflow, interval):
+        new, good = _rule()(scale, good, overflow, interval)
+        return (min(new, most) if new > scale else new), good
+
+    return rule
+
+
 class next_scale:
     hints = (
         "Three cases, and each returns both numbers: an overflow, an ordinary good step, a good step that completes "
@@ -99,6 +107,7 @@ class next_scale:
             (8.0, 1998, 2000, [False] * 4),
             (4.0, 0, 1, [False, False, True, False]),
             (1.0, 2, 5, [True, False, False, False, False, False, False, True]),
+            (2.0**44, 0, 2, [False] * 4),
         ]
         [seen] = run(_histories, histories, n=1)
         _unsent(seen)
@@ -118,7 +127,13 @@ class next_scale:
             ("an overflow makes the scale a quarter: half is asked for", _rule(0.25)),
             ("an overflow makes the scale 1: half is asked for",
              lambda s, g, o, i: (1.0, 0) if o else _rule()(s, g, o, i)),
+            ("a step that overflows completes the interval, and doubles the scale before it is halved: it is no good "
+             "step", lambda s, g, o, i: (s if o and g + 1 == i else _rule()(s, g, o, i)[0], _rule()(s, g, o, i)[1])),
+            ("`interval` is ignored: it is not always 2,000", lambda s, g, o, i: _rule()(s, g, o, 2000)),
+            *((f"the scale is held at {b:g}: nothing here bounds it", _bounded(b))
+              for b in (65504.0, 65536.0, 2.0**24, 2.0**32)),
         ]  # fmt: skip
+        cases = []
         for (scale, good, interval, overflows), states in zip(histories, seen.result, strict=True):
             said = "".join("x" if o else "." for o in overflows)
             about = f"scale {scale:g}, {good} good steps, interval {interval}, then {said} (x: overflow)"
@@ -134,16 +149,24 @@ class next_scale:
                     found.append(state)
                 return torch.tensor(found, dtype=F64)
 
-            expected, mine = through(_rule()), torch.tensor(got, dtype=F64)
-            wrong = [(why, through(rule)) for why, rule in wrong_rules]
+            mine, would = torch.tensor(got, dtype=F64), [through(rule) for _, rule in wrong_rules]
+            cases.append((about, mine, through(_rule()), would))
+        wholly = [all(torch.equal(mine, would[i]) for _, mine, _, would in cases) for i in range(len(wrong_rules))]
+        for about, mine, expected, would in cases:
+            order = sorted(range(len(wrong_rules)), key=lambda i: not wholly[i])
+            likely = [(wrong_rules[i][0], would[i]) for i in order if torch.equal(would[i], mine)]
             for column, what in ((0, "the scale after each step"), (1, "the count after each step")):
-                likely = [(why, [w[:, column]]) for why, w in wrong if torch.equal(w, mine)]
-                same([mine[:, column]], [expected[:, column]], what, about, likely, labels=[about])
+                known = [(why, [w[:, column]]) for why, w in likely]
+                same([mine[:, column]], [expected[:, column]], what, "", known, labels=[f"{what}, {about}"])
 
 
 # ---- step_or_skip ---------------------------------------------------------------------------------------------
 
 LARGEST = "largest"
+STUCK = (
+    "not every rank makes the same calls: each makes one all_reduce of a single number, whether it saw an overflow or "
+    "not, and however many gradients it has"
+)
 SIZES = [5, 3, 0, 7]  # elements of each rank's shard
 
 
@@ -192,8 +215,7 @@ class step_or_skip:
                  (4, 32.0, 0.3, F64, ALONE)]  # fmt: skip
         for n, scale, lr, dtype, groups in cases:
             about = f"{_named(groups, n)}, scale {scale:g}"
-            stuck = "not every rank makes the same calls: a rank without an overflow has to ask the others too"
-            seen = run(_step_or_skip, spoils, scale, lr, dtype, groups, n=n, about=about, stuck=stuck)
+            seen = run(_step_or_skip, spoils, scale, lr, dtype, groups, n=n, about=about, stuck=STUCK)
             for members in groups or [list(range(n))]:
                 _judge_steps([seen[r] for r in members], members, spoils, scale, lr, dtype, about, range(n))
 
@@ -233,7 +255,7 @@ def _judge_steps(seen, members, spoils, scale, lr, dtype, about, everywhere):
         ("only rank 0's verdict counts: any rank's has to", lambda i, r: members[0] in near[i]),
     ]  # fmt: skip
     if any(0 < len(one.calls) < len(spoils) for one in seen):
-        raise Wrong("not every rank makes the same calls: a rank without an overflow has to ask the others too", about)
+        raise Wrong(STUCK, about)
     idle = all(torch.equal(x, y) for xs, ys in zip(after, p, strict=True) for x, y in zip(xs, ys, strict=True))
     if idle and any(map(len, after[0])) and any(made is True for one in seen for made in one.result):
         raise Wrong("parameters is as it was before the call: write into it with -=", about)
@@ -243,6 +265,10 @@ def _judge_steps(seen, members, spoils, scale, lr, dtype, about, everywhere):
             raise Wrong(why, about)
     if _alike(after[:-1], right[:-1]) and _alike(after[-1:], p[-1:]) and not _alike(right[-1:], p[-1:]):
         why = "gradients that are large, but finite, are taken for an overflow: look at each number, not at their sum"
+        raise Wrong(why, about)
+    amiss = [i for i in steps if not _alike(after[i : i + 1], right[i : i + 1])]
+    if amiss and all(any(v != v for v in near[i].values()) for i in amiss):
+        why = "a NaN gets lost on the way: a maximum of numbers may drop it. Reduce the verdict, 1.0 or 0.0, instead"
         raise Wrong(why, about)
     for i in steps:
         said = " and ".join(f"rank {r} has {v}" for r, v in near[i].items()) or "all gradients finite"
@@ -293,11 +319,16 @@ def _clips(answer, inputs):
         found = []
         for gradients, scale, most in inputs:
             own = [g.clone() for g in gradients]
-            returned = plain(answer(own, scale, most))
+            handed = list(own)
+            returned = plain(answer(handed, scale, most))
+            replaced.append(len(handed) == len(own) and any(a is not b for a, b in zip(handed, own, strict=True)))
             found.append([returned, *own])
         return found
 
-    return watched(all_of_them)
+    replaced = []
+    seen = watched(all_of_them)
+    seen.kept = not any(replaced)
+    return seen
 
 
 class unscale_and_clip:
@@ -324,6 +355,8 @@ class unscale_and_clip:
         labels = [f"shapes {[tuple(t.shape) for t in g]}, scale {s:g}, max_norm {m:.3g}" for g, s, m in inputs]
         [seen] = run(_clips, inputs, n=1)
         _unsent(seen)
+        if not seen.kept:
+            raise Wrong("other tensors were put into the list: write into those that are there, with mul_ or *=")
         wholly = [  # mistakes that explain the whole of it, in all cases
             why
             for i, (why, _) in enumerate(_clipped(*inputs[0]))
@@ -340,6 +373,8 @@ class unscale_and_clip:
             (_, right), *mistakes = _clipped(g, scale, most)
             mistakes.sort(key=lambda pair: pair[0] not in wholly)
             same(after, right, "", mistakes=mistakes, labels=[f"gradient {i}, {label}" for i in range(len(g))])
+            if isinstance(returned, torch.Tensor):
+                raise Wrong("it returns a tensor: a Python number is asked for, norm.item()", label)
             got = torch.tensor(_number(returned, "what it returns", label), dtype=F64)
             wrong = [
                 ("the norm of the scaled gradients", norm * scale), ("the norm after clipping", min(norm, most)),
@@ -379,6 +414,8 @@ def _clipped(g, scale, most):
         ("unscaled twice, the norm being taken in between", times(at_most(norm / scale) / scale / scale)),
         ("gradients shorter than max_norm are made longer: the factor is at most 1",
          times(most / max(norm, TINY) / scale)),
+        ("gradients shorter than max_norm are made longer: the factor is at most 1",
+         times(most / (norm + 1e-6) / scale)),
         ("clipped, but not unscaled", times(factor)),
         ("nothing has changed: write into the tensors, with mul_ or *=", times(1.0)),
         ("clipped by the norm of the scaled gradients, and not unscaled", times(at_most(norm * scale))),
@@ -418,6 +455,14 @@ def _best(rows, speeds):
     return shares
 
 
+def _by_end(rows, speeds, shares):
+    """Row by row to whoever is done first, as it is *before* the row."""
+    shares = list(shares)
+    while sum(shares) < rows:
+        shares[min(range(len(speeds)), key=lambda r: shares[r] / speeds[r])] += 1
+    return shares
+
+
 class shares_by_speed:
     hints = (
         "rows * speed / sum(speeds) is right but for the rounding, and rounding is all the trouble: the whole numbers "
@@ -431,7 +476,7 @@ class shares_by_speed:
     @staticmethod
     def check(run):
         inputs = [
-            (100, [3.0, 3.0, 3.0, 1.0]), (41, [10.0, 11.0, 12.0, 13.0, 1.5]), (8, [1.0] * 4),
+            (100, [3.0, 3.0, 3.0, 1.0]), (37, [4.0, 11.0, 10.0, 1.5, 9.0]), (8, [1.0] * 4),
             (10, [1.0, 1.0, 1.0]), (64, [5.0, 2.0, 9.0, 1.0]),
             (7, [100.0, 1.0, 1.0]), (30, [0.5, 0.25, 0.75]), (1, [2.0, 3.0]), (0, [1.0, 2.0]), (12, [4.0]),
             (5, [3.0] * 7), (9, [2.4, 2.4, 1.2]), (23, [7.0, 1.0, 1.0, 1.0]),
@@ -498,13 +543,19 @@ def _judge_shares(rows, speeds, got, label):
         ("rounded, and the last rank takes what is left",
          [*(round(x) for x in exact[:-1]), rows - sum(round(x) for x in exact[:-1])]),
     ]  # fmt: skip
+    if min(got) > 0 and 0 in best:
+        raise Wrong(
+            "every rank gets a row at least, and the others wait for a slow one: it may get none", label, **shown
+        )
+    behind = "what was left over went to the rank that is done first without it: look at when it would be done with it"
+    known = [(behind, _by_end(rows, speeds, [0] * n)), (behind, _by_end(rows, speeds, floors)), *known]
     for why, shares in known:
         if shares is None and max(abs(s - x) for s, x in zip(got, slow, strict=True)) <= n:
             if max(abs(s - x) for s, x in zip(got, exact, strict=True)) > n:
                 raise Wrong(why, label, **shown)
         elif got == shares:
             raise Wrong(why, label, **shown)
-    raise Wrong(f"another split ends sooner: this one takes {last:.4g} seconds", label, **shown)
+    raise Wrong(f"another split ends sooner: this one takes {last:.4g} s", label, **shown)
 
 
 # ---- mean_by_rows ---------------------------------------------------------------------------------------------
@@ -515,9 +566,11 @@ OTHER_CALLS = {
 }
 
 
-def _mean_by_rows(answer, rows, d, dtype, seed, groups):
+def _mean_by_rows(answer, rows, d, dtype, seed, groups, spoilt):
     rank = dist.get_rank()
     mine = values((d,), dtype, rank, seed) if rows[rank] else torch.full((d,), NAN, dtype=dtype)
+    if rank == spoilt:
+        mine[1] = NAN
     given = mine.clone()
     seen = watched(answer, given, rows[rank], **_mine(groups))
     seen.kept = torch.allclose(mine, given, 0, 0, equal_nan=True)
@@ -536,14 +589,25 @@ class mean_by_rows:
     def check(run):
         cases = [([10, 10, 10, 2], 6, F64, ()), ([8, 8, 8, 8], 5, F32, ()), ([30, 1, 7], 4, F64, ()),
                  ([3, 5], 7, F32, ()), ([4, 50, 9, 1], 3, F64, PAIRS), ([12, 0, 5, 3], 6, F64, ()),
-                 ([2, 9, 4, 6], 4, F32, ALONE), ([0, 6, 1, 0], 5, F64, PAIRS)]  # fmt: skip
-        for seed, (rows, d, dtype, groups) in enumerate(cases):
+                 ([2, 9, 4, 6], 4, F32, ALONE), ([0, 6, 1, 0], 5, F64, PAIRS), ([121, 100, 90], 3, F64, ()),
+                 ([6, 3, 0, 5], 4, F64, (), 1)]  # fmt: skip
+        for seed, (rows, d, dtype, groups, *spoilt) in enumerate(cases):
             n = len(rows)
             about = f"{rows} rows on {_named(groups, n)}"
             stuck = "the ranks do not make the same calls: a rank without rows takes part, with zeros"
-            seen = run(_mean_by_rows, rows, d, dtype, seed, groups, n=n, about=about, stuck=stuck)
+            seen = run(_mean_by_rows, rows, d, dtype, seed, groups, *spoilt or [None], n=n, about=about, stuck=stuck)
+            if spoilt:
+                _judge_spoilt(seen, f"{about}, rank {spoilt[0]}'s gradient has a NaN")
+                continue
             for members in groups or [list(range(n))]:
                 _judge_means([seen[r] for r in members], members, rows, d, dtype, seed, about)
+
+
+def _judge_spoilt(seen, about):
+    for rank, one in enumerate(seen):
+        if not isinstance(one.result, torch.Tensor) or not one.result.isnan()[1]:
+            why = "a rank with rows has a NaN in its gradient, and the mean hides it: rows == 0 is what counts as zeros"
+            raise Wrong(why, f"rank {rank}, {about}", "NaN as element 1", show(one.result, 1))
 
 
 def _judge_means(seen, members, rows, d, dtype, seed, about):
@@ -584,6 +648,8 @@ def _judge_means(seen, members, rows, d, dtype, seed, about):
         ("the group argument is ignored where the gradients are added up", total(everyone) / many if outside else None),
         ("the weights are upside down: more rows have to count more",
          sum(g[r] / rows[r] for r in some) / sum(1 / rows[r] for r in some) if uneven and some else None),
+        ("the rows are added up in a tensor of 8 bits, which ends at 255: an int64 or a float holds them",
+         total(members) / (many % 256) if many > 255 else None),
         ("the weights are squared: multiplied by the rows twice", sum(rows[r] ** 2 * g[r] for r in members) / many),
     ]  # fmt: skip
     _compare([one.result for one in seen], total(members) / many, dtype, about, mistakes, members)
@@ -634,7 +700,7 @@ class mean_without_late:
     def check(run):
         cases = [([6, 4, 9, 2], [3], 5, F64, ()), ([6, 6, 6, 6], [], 4, F32, ()), ([8, 1, 12], [0, 1], 6, F64, ()),
                  ([9, 4], [1], 3, F32, ()), ([5, 3, 2, 8], [0, 3], 4, F64, PAIRS), ([7, 0, 3, 4], [2], 5, F64, ()),
-                 ([2, 3, 4, 5], [], 3, F64, ALONE)]  # fmt: skip
+                 ([2, 3, 4, 5], [], 3, F64, ALONE), ([121, 100, 90], [], 4, F64, ())]  # fmt: skip
         for seed, (rows, late, d, dtype, groups) in enumerate(cases):
             n = len(rows)
             who = f"late: {', '.join(map(str, late)) or 'nobody'}"
@@ -679,6 +745,8 @@ def _judge_late(seen, members, rows, late, d, dtype, seed, about):
         ("scaled up by ranks / ranks in time: the division by the rows does it already", mean * n / len(kept)),
         ("multiplied by the rows: the gradients are of sums already", sum(rows[r] * g[r] for r in kept) / many(kept)),
         ("divided by this rank's own rows", [total(kept) / max(rows[r], 1) for r in members]),
+        ("the rows are added up in a tensor of 8 bits, which ends at 255: an int64 or a float holds them",
+         total(kept) / (many(kept) % 256) if many(kept) > 255 else None),
         ("`late` is taken the wrong way round: the punctual were dropped",
          total([r for r in members if r in late]) / max(many([r for r in members if r in late]), 1) if some else None),
         ("a late rank keeps its own gradient: it needs the mean as the others do, to stay equal",

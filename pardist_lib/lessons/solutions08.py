@@ -66,7 +66,7 @@ def mean_by_rows(gradient: torch.Tensor, rows: int, group=None) -> torch.Tensor:
     """The gradient of the mean loss over all rows of all ranks.
 
     gradient: (d,), that of the mean loss over this rank's rows; it stays as it is. rows: how many these are; they
-    differ from rank to rank. A rank may have 0: the mean over no rows is NaN, and so is its gradient.
+    differ from rank to rank. A rank may have 0: what its gradient holds, NaN say, does not count.
     Returns (d,), the same on every rank: what one process with all rows would have.
     Sends: one dist.all_reduce of d numbers and one of a single number, or one of d + 1 numbers; nothing else.
     """

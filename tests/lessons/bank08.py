@@ -80,6 +80,28 @@ def returns_the_scale_only(scale, good_steps, overflow, interval):
     return scale / 2 if overflow else scale
 
 
+@mistake("next_scale", "doubles the scale before it is halved")
+def grows_before_it_falls(scale, good_steps, overflow, interval):
+    good_steps += 1
+    if good_steps == interval:
+        scale, good_steps = scale * 2, 0
+    return (scale / 2, 0) if overflow else (scale, good_steps)
+
+
+@mistake("next_scale", "`interval` is ignored")
+def always_two_thousand(scale, good_steps, overflow, interval):
+    if overflow:
+        return scale / 2, 0
+    return (scale * 2, 0) if good_steps + 1 == 2000 else (scale, good_steps + 1)
+
+
+@mistake("next_scale", "the scale is held at")
+def bounds_the_scale(scale, good_steps, overflow, interval):
+    if overflow:
+        return scale / 2, 0
+    return (min(scale * 2, 2.0**32), 0) if good_steps + 1 == interval else (scale, good_steps + 1)
+
+
 @right("next_scale")
 def by_remainder(scale, good_steps, overflow, interval):
     good_steps = 0 if overflow else (good_steps + 1) % interval
@@ -212,6 +234,26 @@ def looks_at_the_sum(parameters, gradients, scale, lr, group=None):
     total = gradients.sum()
     dist.all_reduce(total, group=group)
     if not total.isfinite():
+        return False
+    parameters -= lr * (gradients / scale)
+    return True
+
+
+@mistake("step_or_skip", "a maximum of numbers may drop it")
+def reduces_the_largest(parameters, gradients, scale, lr, group=None):
+    largest = gradients.abs().max() if len(gradients) else torch.zeros((), dtype=gradients.dtype)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    if not largest.isfinite():
+        return False
+    parameters -= lr * (gradients / scale)
+    return True
+
+
+@mistake("step_or_skip", "however many gradients it has")
+def sends_a_verdict_each(parameters, gradients, scale, lr, group=None):
+    bad = (~gradients.isfinite()).float()
+    dist.all_reduce(bad, dist.ReduceOp.MAX, group=group)
+    if bad.any():
         return False
     parameters -= lr * (gradients / scale)
     return True
@@ -361,6 +403,30 @@ def clips_values(gradients, scale, max_norm):
     return norm
 
 
+@mistake("unscale_and_clip", "other tensors were put into the list")
+def replaces_them_in_the_list(gradients, scale, max_norm):
+    norm = length(gradients) / scale
+    for i, g in enumerate(gradients):
+        gradients[i] = g / scale * min(1.0, max_norm / max(norm, 1e-30))
+    return norm
+
+
+@mistake("unscale_and_clip", "a Python number is asked for")
+def returns_the_norm_as_a_tensor(gradients, scale, max_norm):
+    times(gradients, 1 / scale)
+    norm = torch.tensor(length(gradients))
+    times(gradients, min(1.0, max_norm / max(length(gradients), 1e-30)))
+    return norm
+
+
+@mistake("unscale_and_clip", "gradients shorter than max_norm are made longer")
+def stretches_with_an_epsilon(gradients, scale, max_norm):
+    times(gradients, 1 / scale)
+    norm = length(gradients)
+    times(gradients, max_norm / (norm + 1e-6))
+    return norm
+
+
 @right("unscale_and_clip")
 def by_torch(gradients, scale, max_norm):
     for g in gradients:
@@ -446,6 +512,28 @@ def largest_remainders(rows, speeds):
     order = sorted(range(len(speeds)), key=lambda r: shares[r] - exact[r])
     for r in order[: rows - sum(shares)]:
         shares[r] += 1
+    return shares
+
+
+@mistake("shares_by_speed", "rounded, and the last rank takes what is left")
+def rounds_all_but_the_last(rows, speeds):
+    shares = [round(rows * v / sum(speeds)) for v in speeds[:-1]]
+    return [*shares, rows - sum(shares)]
+
+
+@mistake("shares_by_speed", "done first without it")
+def to_whoever_is_done(rows, speeds):
+    shares = [int(rows * v / sum(speeds)) for v in speeds]
+    while sum(shares) < rows:
+        shares[min(range(len(speeds)), key=lambda r: shares[r] / speeds[r])] += 1
+    return shares
+
+
+@mistake("shares_by_speed", "every rank gets a row at least")
+def one_for_everybody(rows, speeds):
+    shares = [min(1, rows) if len(speeds) <= rows else 0 for _ in speeds]
+    while sum(shares) < rows:
+        shares[min(range(len(speeds)), key=lambda r: (shares[r] + 1) / speeds[r])] += 1
     return shares
 
 
@@ -573,6 +661,21 @@ def stays_alone(gradient, rows, group=None):
     return gradient.clone()
 
 
+@mistake("mean_by_rows", "the mean hides it")
+def mends_every_nan(gradient, rows, group=None):
+    total = gradient.nan_to_num() * rows
+    dist.all_reduce(total, group=group)
+    return total / summed(rows, group)
+
+
+@mistake("mean_by_rows", "a tensor of 8 bits")
+def counts_in_a_byte(gradient, rows, group=None):
+    total, many = weighted(gradient, rows), torch.tensor([rows], dtype=torch.uint8)
+    dist.all_reduce(total, group=group)
+    dist.all_reduce(many, group=group)
+    return total / many.item()
+
+
 @right("mean_by_rows")
 def in_one_message(gradient, rows, group=None):
     line = torch.cat([gradient * rows if rows else torch.zeros_like(gradient), gradient.new_tensor([float(rows)])])
@@ -687,6 +790,12 @@ def writes_into_its_gradient(gradient, rows, late, group=None):
 def returns_a_tensor(gradient, rows, late, group=None):
     total, many = both(gradient * (not late), 0 if late else rows, group)
     return total / many, float(many)
+
+
+@mistake("mean_without_late", "a tensor of 8 bits")
+def counts_them_in_a_byte(gradient, rows, late, group=None):
+    total, many = both(gradient * (not late), torch.tensor(0 if late else rows, dtype=torch.uint8), group)
+    return total / many, many
 
 
 @right("mean_without_late")
