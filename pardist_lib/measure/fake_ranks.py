@@ -206,8 +206,8 @@ def _bytes(value):
 class _Values(TorchDispatchMode):
     """Values for those who may have them. What is written down in Python (`torch.tensor([3, 4])`) and what is small and
     computed from that alone stays real: an optimizer's steps, the counts that ranks tell each other; and an all-reduce
-    of it is answered as if every rank had given the same. Device meshes and DistributedDataParallel's numbers of
-    buckets are real, too."""
+    of it is answered as if every rank had given the same. Device meshes and what DistributedDataParallel counts, its
+    buckets and which parameters were used, are real, too."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -216,8 +216,8 @@ class _Values(TorchDispatchMode):
             real = not any(isinstance(t, FakeTensor) for t in given) and sum(t.numel() for t in given) <= SMALL
         else:
             real = _caller("distributed/device_mesh.py", "distributed/_mesh_layout.py")
-            buckets = function._schema.name == "aten::empty" and kwargs.get("dtype") is torch.int32
-            real = real or buckets and _caller("nn/parallel/")
+            counts = function._schema.name in ("aten::empty", "aten::zeros") and kwargs.get("dtype") is torch.int32
+            real = real or counts and _caller("nn/parallel/")
         if not real:
             return function(*args, **kwargs)
         with unset_fake_temporarily():
@@ -278,7 +278,7 @@ def _answered():
         work = all_reduce_of_fakes(tensor, op, group, async_op)
         if not isinstance(tensor, FakeTensor) and op == dist.ReduceOp.SUM:
             tensor.mul_(dist.get_world_size(group))  # every rank gave the same
-        return work
+        return work and _Done(work, tensor)
 
     def with_hook(model, *args, **kwargs):
         if not getattr(model, "_comm_hooks", None):
@@ -331,6 +331,22 @@ class _Chunks:
         return self.tensor.narrow(self.dim, start, min(part, length - start))
 
 
+class _Done:
+    """The work of an all-reduce whose future gives the tensor, as a real one's does: a communication hook asks for it.
+    The fake group's gives None."""
+
+    def __init__(self, work, tensor):
+        self.work, self.tensor = work, tensor
+
+    def __getattr__(self, name):
+        return getattr(self.work, name)
+
+    def get_future(self):
+        future = torch.futures.Future()
+        future.set_result([self.tensor])
+        return future
+
+
 def _average(group, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     buffer = bucket.buffer()
     dist.all_reduce(buffer)
@@ -348,7 +364,8 @@ def _why_not(error):
 
     known = fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException
     other = fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException
-    if not isinstance(error, (*known, *other)) and "data is not allocated yet" not in str(error):
+    texts = "data is not allocated yet", ".numpy() is not supported for tensor subclasses"
+    if not isinstance(error, (*known, *other)) and not any(text in str(error) for text in texts):
         return None
     frames = traceback.extract_tb(error.__traceback__)
     outside = [f for f in frames if not f.filename.startswith((_TORCH, _OWN))]
@@ -357,7 +374,7 @@ def _why_not(error):
     if readers and readers[-1] is not outside[-1]:
         line += f", called from {_place(readers[-1])},"
     if isinstance(error, fake_tensor.DataDependentOutputException):
-        asks = "needs the value of a tensor (an if, a while, .item(), .tolist(), a print)"
+        asks = "needs the value of a tensor (an if, a while, .item(), .tolist(), a number that is printed)"
         way = "take it out of the traced function, or give it a value of your own: a Python number that is passed in"
     elif isinstance(error, fake_tensor.DynamicOutputShapeException):
         asks = "makes a tensor whose shape depends on values (nonzero, unique, a boolean mask as an index)"

@@ -150,6 +150,40 @@ def test_memory_is_that_of_real_ranks(ranks_of):
         assert highest[0]["activations"] == pytest.approx(highest[1]["activations"], rel=0.05)
 
 
+class Half(nn.Module):
+    """Of three layers one is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(self.a(x))
+
+
+def in_half(state, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    small = bucket.buffer().half()
+    return dist.all_reduce(small, async_op=True).get_future().then(lambda done: bucket.buffer().copy_(done.value()[0]))
+
+
+@pytest.mark.parametrize("how", [{"find_unused_parameters": True}, {"static_graph": True}, {}])
+def test_data_parallel_calls_are_those_of_real_ranks(ranks_of, how):
+    """Parameters that are not used, and a communication hook."""
+
+    def steps():
+        model = nn.parallel.DistributedDataParallel(Half() if how else nn.Linear(8, 8), **how)
+        if not how:
+            model.register_comm_hook(None, in_half)
+        for _ in range(3):
+            model(torch.randn(4, 8)).sum().backward()
+
+    real, fake = ranks_of(2).trace(steps), fake_trace(steps, world_size=2, ranks=[0, 1])
+    for rank in (0, 1):
+        calls = [[(c.name, c.bytes) for c in trace.collectives if c.rank == rank] for trace in (real, fake)]
+        assert calls[0][:2] == [("all_gather", 8), ("broadcast", 48 * (3 if how else 1))]  # shapes, not counted
+        assert calls[0][2:] == calls[1]
+
+
 class Branches(nn.Module):
     def __init__(self):
         super().__init__()
@@ -171,6 +205,8 @@ def test_a_model_that_cannot_be_traced_says_the_line():
         fake_trace(lambda: Branches()(torch.ones(2, 4)), world_size=16)
     with pytest.raises(CannotTrace, match="whose shape depends on values .* use a fixed shape"):
         fake_trace(lambda: chosen(nn.Linear(4, 4)(torch.randn(2, 4))), world_size=16)
+    with pytest.raises(CannotTrace, match="reads a tensor's memory"):
+        fake_trace(lambda: torch.randn(3).numpy().sum(), world_size=16)
     assert not dist.is_initialized()
 
 
