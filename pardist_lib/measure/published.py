@@ -1,7 +1,8 @@
 """Models, machines and runs that were published: what the formulas are held against.
 
 Megatron's: Narayanan et al. (SC'21), table 1; Korthikanti et al. (2022), table 5. Llama 3: Grattafiori et al., "The
-Llama 3 Herd of Models" (2024), table 3. Mixtral: Jiang et al. (2024). Machines: the vendor's data sheets, decimal.
+Llama 3 Herd of Models" (2024), table 3. Mixtral: Jiang et al. (2024). Machines: the vendor's data sheets, decimal;
+latencies, efficiencies and overlap are judgements.
 """
 
 from .costs import Plan, Transformer
@@ -28,7 +29,7 @@ MODELS = {
 }
 
 # NVLink inside a node, InfiniBand of 200 and 400 Gbit/s a GPU between nodes; per direction
-A100 = Machine(312e12, 80e9, 8, Link(5e-6, 250e9), Link(1e-5, 25e9), efficiency=0.62)
+A100 = Machine(312e12, 80e9, 8, Link(5e-6, 300e9), Link(1e-5, 25e9), efficiency=0.62)
 H100 = Machine(989e12, 80e9, 8, Link(5e-6, 450e9), Link(1e-5, 50e9), efficiency=0.5)
 
 SC21 = [  # (model, plan, batch, TFLOP/s a GPU), all with full recomputation; parameters 1.7 B to 1 T
