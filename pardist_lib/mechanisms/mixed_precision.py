@@ -41,7 +41,7 @@ FULL = frozenset(
 def check_precision(dtype, device="cpu"):
     """Raise ValueError where `dtype` is neither float16 nor bfloat16, or where the device cannot train with it."""
     if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"{dtype} is not a precision for this: torch.float16 or torch.bfloat16")
+        raise ValueError(f"{dtype!r} is not a precision for this: torch.float16 or torch.bfloat16")
     device = torch.device(device)
     if device.type == "meta":
         return

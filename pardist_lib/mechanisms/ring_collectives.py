@@ -4,22 +4,21 @@ collectives.py says what holds for all collectives of this folder, and when anot
 Source: Patarasuk, Yuan, "Bandwidth Optimal All-reduce Algorithms for Clusters of Workstations" (2009).
 """
 
+from itertools import chain, cycle
+
 from .point_to_point import (
-    DEPTH,
     PIECE_BYTES,
     check_op,
     combine,
-    exchange,
     finish,
     flat,
-    overlap,
     pieces,
     place,
     place_for,
+    relay,
     room_for_all,
     rows,
     scratch,
-    wait,
 )
 from .rooted_collectives import SUM
 
@@ -32,15 +31,14 @@ def ring_all_reduce(tensor, op=SUM, group=None, *, piece_bytes=PIECE_BYTES):
     """
     rank, n = place(group)
     check_op(op, tensor)
-
-    def journey(k):
-        yield from _ring_reduce(k, parts, spare, op, rank, n, group)
-        yield from _ring_gather(k, parts, rank, n, group)
-
     with flat(tensor) as line:
         parts = pieces(line.tensor_split(n), piece_bytes)
-        spare = _spare(parts, 1)
-        overlap(journey(k) for k in range(len(parts[0])))
+        rooms = _rooms(parts, 2)
+        journeys = (
+            chain(_ring_reduce(k, parts, rooms, op, rank, n), _ring_gather(k, parts, rank, n))
+            for k in range(len(parts[0]))
+        )
+        relay(journeys, rank, n, group)
     return tensor
 
 
@@ -55,8 +53,10 @@ def ring_reduce_scatter(tensor, op=SUM, out=None, group=None, *, piece_bytes=PIE
     chunks = rows(tensor).tensor_split(n)
     out = place_for(out, chunks[rank].shape, like=tensor)
     parts = pieces(chunks, piece_bytes)
-    results, spare = out.view(-1).tensor_split(len(parts[0])), _spare(parts, 2)
-    overlap(_ring_reduce(k, parts, spare, op, rank, n, group, results[k]) for k in range(len(results)))
+    results, rooms = out.view(-1).tensor_split(len(parts[0])), _rooms(parts, 5 if n > 2 else 2)
+    if n == 1:
+        out.copy_(chunks[0])
+    relay((_ring_reduce(k, parts, rooms, op, rank, n, result) for k, result in enumerate(results)), rank, n, group)
     return out
 
 
@@ -71,40 +71,40 @@ def ring_all_gather(tensor, sizes=None, out=None, group=None, *, piece_bytes=PIE
     if shards[rank].data_ptr() != tensor.data_ptr() or not tensor.is_contiguous():  # else it is in its place already
         shards[rank].copy_(tensor.detach().view_as(shards[rank]))
     parts = pieces(shards, piece_bytes)
-    overlap(_ring_gather(k, parts, rank, n, group) for k in range(len(parts[0])))
+    relay((_ring_gather(k, parts, rank, n) for k in range(len(parts[0]))), rank, n, group)
     return out
 
 
-def _ring_reduce(k, parts, spare, op, rank, n, group, result=None):
+def _ring_reduce(k, parts, rooms, op, rank, n, result=None):
     """Piece k of every chunk goes once round the ring: chunk c starts at rank c + 1, visits every rank, ends at c.
 
     On its way it takes up each rank's own numbers, so what ends at rank c is complete. The sums overwrite this rank's
     own numbers; or, where `result` has room for the last one, they leave them alone.
     """
+    arrivals, sums = rooms
     carried = parts[(rank - 1) % n][k]
     for step in range(n - 1):
-        own = parts[(rank - 2 - step) % n][k]
-        arriving, *room = spare[k % DEPTH, :, : own.numel()]
-        works = exchange([(carried, (rank + 1) % n)], [(arriving, (rank - 1) % n)], group)
-        yield
-        wait(works)
-        total = own if result is None else result if step == n - 2 else room[0]
-        carried = combine(op, own, arriving, out=total)
-    if n == 1 and result is not None:
-        result.copy_(carried)
-    finish(op, carried, n)
+        own, last = parts[(rank - 2 - step) % n][k], step == n - 2
+        arriving = next(arrivals)[: own.numel()]
+        total = own if result is None else result if last else next(sums)[: own.numel()]
+
+        def take_up(own=own, arriving=arriving, total=total, last=last):
+            combine(op, own, arriving, out=total)
+            if last:
+                finish(op, total, n)
+
+        yield carried, arriving, take_up
+        carried = total
 
 
-def _spare(parts, count):
-    """Room for `count` pieces in each journey under way."""
-    largest = max(chunk[0].numel() for chunk in parts)
-    return scratch(parts[0][0], min(DEPTH, len(parts[0])), count, largest)
+def _rooms(parts, count):
+    """Where pieces arrive, in turn: two places, for one is being added up while another comes. And where sums are put
+    that must not overwrite anything: three in turn, for the one before the last may still be leaving."""
+    spare = scratch(parts[0][0], count, max(chunk[0].numel() for chunk in parts))
+    return cycle(spare[:2]), cycle(spare[2:])
 
 
-def _ring_gather(k, parts, rank, n, group):
+def _ring_gather(k, parts, rank, n):
     """Piece k of every chunk goes once round the ring: chunk c starts at rank c, and every rank keeps a copy."""
     for step in range(n - 1):
-        leaving, arriving = parts[(rank - step) % n][k], parts[(rank - step - 1) % n][k]
-        works = exchange([(leaving, (rank + 1) % n)], [(arriving, (rank - 1) % n)], group)
-        yield
-        wait(works)
+        yield parts[(rank - step) % n][k], parts[(rank - step - 1) % n][k], None

@@ -113,7 +113,7 @@ def _be(job):
     os.environ.clear()
     os.environ.update(job["env"])
     os.chdir(job["folder"])
-    for here, there in zip((1, 2), job["output"]):
+    for here, there in zip((1, 2), job["output"], strict=True):
         os.dup2(there, here)
         os.close(there)
     is_module, target, *args = job["program"]
@@ -127,7 +127,7 @@ def _be(job):
 
 
 def _to_its_end(run):
-    """Run it and leave as Python leaves, but for taking down what the imports made: that would copy every page of it."""
+    """Run it and leave as Python leaves, but without taking down the modules: that would copy all their pages."""
     code = 1
     try:
         run()

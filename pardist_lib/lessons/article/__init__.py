@@ -40,8 +40,9 @@ def show(step):
 
 
 def run(step, seconds=300):
-    """Run a step with `python`, as the article does (its processes forked, to save time), and print what its ranks said in rank order (they speak all at
-    once), without the epochs in the middle; of a traceback only its last line. After `seconds` it is stopped."""
+    """Run a step with `python`, as the article does (its processes forked, to save time), and print what its ranks
+    said in rank order (they speak all at once), without the epochs in the middle; of a traceback only its last line.
+    After `seconds` it is stopped."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     forked = [] if sys.platform == "darwin" else ["-c", FORKED]
     command = [sys.executable, *forked, str(PROGRAMS[step])]
