@@ -83,13 +83,22 @@ class bandwidths:
     def check(run):
         inputs, labels = [], []
         for op in OPS:
-            for payload, n, seconds in ((4_000_000, 4, 0.01), (1_000_003, 3, 0.004), (96, 2, 1e-5), (8_000, 64, 0.5)):
+            for payload, n, seconds in (
+                (4_000_000, 4, 0.01),
+                (1_000_003, 3, 0.004),
+                (96, 2, 1e-5),
+                (8_000, 64, 0.5),
+                (7, 3, 2.0),
+            ):
                 inputs.append((op, payload, n, seconds))
                 labels.append(f"{op} of {payload:,} bytes on {n} ranks in {seconds * 1e3:g} ms")
 
+        def factor_of(op, n):
+            return {"all_reduce": 2 * (n - 1) / n, "broadcast": 1.0}.get(op, (n - 1) / n)
+
         def made(size=None, factor=None, unit=1.0, bus=None):
             size = size or (lambda op, payload, n: n * payload if op == "all_gather" else payload)
-            factor = factor or (lambda op, n: {"all_reduce": 2 * (n - 1) / n, "broadcast": 1.0}.get(op, (n - 1) / n))
+            factor = factor or factor_of
 
             def both(op, payload, n, seconds):
                 algorithm = size(op, payload, n) / seconds / unit
@@ -118,6 +127,10 @@ class bandwidths:
              lambda op, p, n, s: (right(op, p, n, s)[0], right(op, p, n, s)[0] ** 2 / right(op, p, n, s)[1])),
             ("the factor has n-1 where (n-1)/n is meant: bytes by rank, not of all ranks",
              made(factor=lambda op, n: {"all_reduce": 2.0 * (n - 1), "broadcast": 1.0}.get(op, n - 1.0))),
+            ("it is rounded to whole bytes: bandwidth is not a whole number",
+             lambda *args: tuple(float(round(v)) for v in right(*args))),
+            ("it is rounded to whole bytes: bandwidth is not a whole number", lambda op, p, n, s:
+             (right(op, p, n, s)[0] // 1, right(op, p, n, s)[0] // 1 * factor_of(op, n))),
             ("this is in GB: bytes a second are asked for", made(unit=1e9)),
             ("these are bits: bytes are asked for", made(unit=1 / 8)),
             ("the two are in the wrong order: algorithm bandwidth first", lambda *args: right(*args)[::-1]),
@@ -150,7 +163,7 @@ def _hidden_by_pairs(compute, communication):
 
 def _random_case(seed):
     dice = random.Random(seed)
-    make = lambda k: [(a := round(dice.uniform(0, 1), 3), round(a + dice.uniform(0, 0.2), 3)) for _ in range(k)]  # noqa: E731
+    make = lambda k: [(a := dice.uniform(0, 1), a + dice.uniform(0, 0.2)) for _ in range(k)]  # noqa: E731
     return make(dice.randint(1, 8)), make(dice.randint(1, 8))
 
 
@@ -176,6 +189,7 @@ class exposed:
             "one call inside another": ([(5.0, 6.0)], [(0.0, 4.0), (1.0, 2.0), (3.0, 4.5)]),
             "no compute": ([], [(0.0, 0.25), (0.5, 1.0)]),
             "no communication": ([(0.0, 1.0)], []),
+            "microseconds": ([(0.0, 2e-6)], [(1e-6, 3.5e-6), (5e-6, 6e-6)]),
             **{f"made-up events, {i}": _random_case(i) for i in range(6)},
         }
 
@@ -210,6 +224,8 @@ class exposed:
             ("a call that compute touches at all is not all hidden: only the part beside compute is",
              lambda a, b: _length([(s, e) for s, e in b if not any(c < e and s < d for c, d in a)])),
             ("this is in milliseconds: seconds are asked for", lambda a, b: 1e3 * right(a, b)),
+            ("times are rounded to milliseconds: events take microseconds, too",
+             lambda a, b: right(*([(round(s, 3), round(e, 3)) for s, e in spans] for spans in (a, b)))),
             ("this is a share of the whole: seconds are asked for",
              lambda a, b: right(a, b) / (_length(b) or 1.0)),
         ]  # fmt: skip
@@ -229,7 +245,7 @@ class amdahl:
     @staticmethod
     def check(run):
         inputs = [(1.0, 0.25, 4, 64), (1.0, 0.4, 4, 64), (0.2, 0.14, 2, 8), (3.0, 1.2, 3, 1000), (0.5, 0.5, 4, 2),
-                  (0.08, 0.03, 4, 4), (10.0, 1.0, 16, 4096)]  # fmt: skip
+                  (0.08, 0.03, 4, 4), (10.0, 1.0, 16, 4096), (1.0, 0.2, 4, 6), (0.078, 0.124, 2, 4)]  # fmt: skip
         labels = [f"{a * 1e3:g} ms on one rank, {b * 1e3:g} on {n}, then {m:,}" for a, b, n, m in inputs]
 
         def fraction(t1, tn, n):
@@ -242,6 +258,14 @@ class amdahl:
         def far(law):
             return lambda t1, tn, n, m: (*right(t1, tn, n, m)[:2], law(fraction(t1, tn, n), n, m))
 
+        def clamped(low, high):
+            return lambda *given: right(*given, lambda *three: min(high, max(low, fraction(*three))))
+
+        bounds = [
+            *(clamped(*b) for b in ((0.0, 1.0), (0.0, 1e9), (-1e9, 1.0))),
+            lambda *given: (min(1.0, right(*given)[0]), *right(*given)[1:]),
+            lambda *given: (*right(*given)[:2], min(given[3], right(*given)[2])),
+        ]
         mistakes = [
             ("the efficiency is upside down: one rank's time is divided by the n ranks'",
              lambda t1, tn, n, m: (tn / t1 / n, *right(t1, tn, n, m)[1:])),
@@ -257,6 +281,8 @@ class amdahl:
              lambda t1, tn, n, m: right(t1, tn, n, m, lambda t1, tn, n: tn / t1 - 1 / n)),
             ("the serial part is taken to be all of what n ranks need: s + (1 - s) / n is",
              lambda t1, tn, n, m: right(t1, tn, n, m, lambda t1, tn, n: tn / t1)),
+            *[("a bound is put on it: n ranks can be faster than n times one (then s < 0) or slower than one (s > 1), "
+               "and the number should show it", bounded) for bounded in bounds],
             ("the speedup is for n ranks again: m are asked for", far(lambda s, n, m: 1 / (s + (1 - s) / n))),
             ("this is what infinitely many ranks would have, 1 / s: m are asked for",
              far(lambda s, n, m: 1 / s if s > 1e-9 else float(m))),

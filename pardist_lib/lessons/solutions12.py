@@ -38,7 +38,8 @@ def amdahl(t1: float, tn: float, n: int, m: int) -> tuple[float, float, float]:
 
     t1, tn: seconds of one step of the whole batch on one rank, and on n ranks.
     Returns (efficiency, serial, speedup): the efficiency of n ranks, speedup by n; the serial fraction s that explains
-    it, from tn = t1 * (s + (1 - s) / n) (Karp and Flatt); and the speedup that m ranks would have with the same s.
+    it, from tn = t1 * (s + (1 - s) / n) (Karp and Flatt; outside of 0 to 1 where the times are so); and the speedup
+    that m ranks would have with the same s.
     """
     speedup = t1 / tn
     serial = (1 / speedup - 1 / n) / (1 - 1 / n)

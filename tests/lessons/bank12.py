@@ -70,6 +70,18 @@ def only_one(op, payload, n, seconds):
     return factor(op, n) * whole(op, payload, n) / seconds
 
 
+@mistake("bandwidths", "it is rounded to whole bytes")
+def rounded(op, payload, n, seconds):
+    a = whole(op, payload, n) / seconds
+    return float(round(a)), float(round(a * factor(op, n)))
+
+
+@mistake("bandwidths", "it is rounded to whole bytes")
+def whole_division(op, payload, n, seconds):
+    a = whole(op, payload, n) // seconds
+    return a, a * factor(op, n)
+
+
 @right("bandwidths")
 def with_branches(op, payload, n, seconds):
     if op == "all_gather":
@@ -152,6 +164,14 @@ def milliseconds(compute, communication):
     return 1e3 * (union(compute + communication) - union(compute))
 
 
+@mistake("exposed", "times are rounded to milliseconds")
+def by_milliseconds(compute, communication):
+    def ticks(spans):
+        return {t for a, b in spans for t in range(round(1000 * a), round(1000 * b))}
+
+    return len(ticks(communication) - ticks(compute)) / 1000
+
+
 @right("exposed")
 def by_every_moment(compute, communication):
     times = sorted({t for span in compute + communication for t in span})
@@ -221,6 +241,36 @@ def gustafson(t1, tn, n, m):
 @mistake("amdahl", "it falls with m")
 def same_efficiency(t1, tn, n, m):
     return t1 / tn / n, serial(t1, tn, n), t1 / tn / n * m
+
+
+@mistake("amdahl", "a bound is put on it")
+def between_nought_and_one(t1, tn, n, m):
+    s = min(1.0, max(0.0, serial(t1, tn, n)))
+    return t1 / tn / n, s, 1 / (s + (1 - s) / m)
+
+
+@mistake("amdahl", "a bound is put on it")
+def not_below_nought(t1, tn, n, m):
+    s = max(0.0, serial(t1, tn, n))
+    return t1 / tn / n, s, 1 / (s + (1 - s) / m)
+
+
+@mistake("amdahl", "a bound is put on it")
+def not_above_one(t1, tn, n, m):
+    s = min(1.0, serial(t1, tn, n))
+    return t1 / tn / n, s, 1 / (s + (1 - s) / m)
+
+
+@mistake("amdahl", "a bound is put on it")
+def efficiency_at_most_one(t1, tn, n, m):
+    s = serial(t1, tn, n)
+    return min(1.0, t1 / tn / n), s, 1 / (s + (1 - s) / m)
+
+
+@mistake("amdahl", "a bound is put on it")
+def at_most_m(t1, tn, n, m):
+    s = serial(t1, tn, n)
+    return t1 / tn / n, s, min(m, 1 / (s + (1 - s) / m))
 
 
 @mistake("amdahl", "the result is None")
