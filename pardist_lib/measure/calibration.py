@@ -119,19 +119,15 @@ def nonnegative(features, seconds):
 # ---- on a rank ------------------------------------------------------------------------------------------------
 
 
-_steps = []  # of MODELS, made once on each rank
-
-
 def _measure(calls, counts):
     """On a rank: seconds of every model's step, of every operation, of a piece of work while fewer are at work."""
-    if not _steps:
-        _steps[:] = [_step(model, micro) for model, micro in MODELS]
-        for step in _steps:
-            step()
     steps = []
-    for step in _steps:
+    for model, micro in MODELS:  # one after the other: ranks share the machine's memory too
+        step = _step(model, micro)
+        step()
         dist.barrier()
         steps.append(step())
+        del step
     moved = [[t[0] for t in sweep(operation, SIZES, 1, d, calls=4)] for operation, d in calls]
     return {"steps": steps, "calls": moved, "work": [_work(count) for count in counts]}
 
