@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-FILES = ("starting", "collectives", "tracing", "tensor_parallel", "data_parallel", "sharded", "predicting")
+FILES = (
+    "starting", "collectives", "tracing", "tensor_parallel", "overlapping", "data_parallel", "sharded", "predicting",
+)  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEAD = "| what | ranks | median | low | high | target |\n|---|---|---|---|---|---|\n"
 
@@ -24,7 +26,8 @@ def main(pairs, names):
             numbers = " | ".join(f"{row[k]:.3g} {row['unit']}" for k in ("median", "low", "high"))
             rows.append(f"| {row['name']} | {row['ranks']} | {numbers} | {row['target']} |\n")
             print(rows[-1], end="", flush=True)
-        keep(name, f"{date.today()}, {pairs} interleaved pairs\n\n{HEAD}{''.join(rows)}")
+        if rows:
+            keep(name, f"{date.today()}, {pairs} interleaved pairs\n\n{HEAD}{''.join(rows)}")
 
 
 def keep(name, table):
