@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 import torch.distributed as dist
-import torch.distributed.nn  # lets the group end before Python does
+import torch.distributed.nn  # noqa: F401 - lets the group end before Python does
 
 from .paired import paired_ratio
 from .tensor_parallel import CHUNKS, chunked, row
