@@ -106,7 +106,7 @@ class tensor_parallel_bytes:
     @staticmethod
     def check(run):
         inputs = [(1, 2048, 4096, 8), (4, 128, 256, 4, 4), (1, 2048, 4096, 8, 2, True), (2, 100, 60, 3, 4, True),
-                  (3, 10, 10, 1), (2, 64, 64, 2, 8)]  # fmt: skip
+                  (3, 10, 10, 1), (2, 64, 64, 2, 8), (1, 5, 7, 3), (1, 5, 7, 4, 2, True)]  # fmt: skip
         labels = [
             f"{b} × {s} tokens, hidden {h}, {n} rank{'s' * (n > 1)}, {(*rest, 2)[0]} bytes a number"
             + ", forward run again" * (len(rest) > 1 and rest[1])
@@ -142,6 +142,12 @@ class tensor_parallel_bytes:
              lambda b, s, h, n, e=2, again=False: right(b, s, h, n, e, calls=8 if again else 4)),
             ("the MLP's inner tensor is split and never sent: what is all-reduced has `hidden` features, not 4·hidden",
              lambda b, s, h, n, e=2, again=False: right(b, s, h, n, e, again) * 2.5),
+            ("a part of the tensor is rounded to whole numbers: 2(n - 1)/n is meant exactly",
+             lambda b, s, h, n, e=2, again=False: (4 + 2 * again) * 2 * (n - 1) * (b * s * h // n) * e),
+            ("a part of the tensor is rounded to whole numbers: 2(n - 1)/n is meant exactly",
+             lambda b, s, h, n, e=2, again=False: (4 + 2 * again) * 2 * (n - 1) * -(-b * s * h // n) * e),
+            ("a part of the tensor is rounded to whole numbers: 2(n - 1)/n is meant exactly",
+             lambda b, s, h, n, e=2, again=False: math.floor(right(b, s, h, n, e, again) + 1e-9)),
             ("the batch is missing: all of its sequences' activations are sent",
              lambda b, s, h, n, e=2, again=False: right(1, s, h, n, e, again)),
         ]  # fmt: skip
@@ -158,13 +164,13 @@ CASES = (  # parameters, memory, stage
     (1_000_000, 16_000_000, 0),
     (1_000, 7_000, 1),
     (1_000, 4_000, 1),
-    (1_000, 4_001, 1),
+    (1_000, 4_012, 1),
     (1_000, 2_000, 2),
-    (1_000, 6_667, 2),
+    (3_000, 20_001, 2),
     (1_000, 100_000, 3),
     (405_853_388_800, 80_000_000_000, 3),
     (70_553_706_496, 80_000_000_000, 2),
-    (1_000, 1_000, 3),
+    (1_000, 1_600, 3),
 )
 
 

@@ -32,8 +32,8 @@ def tensor_parallel_bytes(
 
     batch, sequence: tokens of the micro-batch; hidden: width of the layer's input; element: bytes of a number.
     Attention and MLP each all-reduce their output in forward, and the gradient of their input in backward; each
-    all-reduce is a ring on a tensor of the layer's input's size. recompute: forward is run once more for backward,
-    its all-reduces too.
+    all-reduce is a ring on a tensor of the layer's input's size (nothing rounded). recompute: forward is run once more
+    for backward, its all-reduces too.
     """
     size = batch * sequence * hidden * element
     all_reduces = 2 + 2 + (2 if recompute else 0)

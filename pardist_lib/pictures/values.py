@@ -63,5 +63,5 @@ def listed(items):
 
 
 def count(number, noun):
-    """'1 rank', '4 ranks', '2 processes'."""
-    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+    """'1 rank', '4 ranks', '2 processes', '6 bytes' (of "bytes")."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("ss") else "s" * (not noun.endswith("s")))

@@ -168,7 +168,7 @@ def the_whole_group(batch, sequence, hidden, n, element=2, recompute=False):
 
 @mistake("tensor_parallel_bytes", "is not divided by n")
 def split_activations(batch, sequence, hidden, n, element=2, recompute=False):
-    return (4 + 2 * recompute) * 2 * (n - 1) / n * batch * sequence * hidden // n * element
+    return (4 + 2 * recompute) * 2 * (n - 1) / n * batch * sequence * hidden / n * element
 
 
 @mistake("tensor_parallel_bytes", "element is not used")
@@ -189,6 +189,21 @@ def forgets_to_recompute(batch, sequence, hidden, n, element=2, recompute=False)
 @mistake("tensor_parallel_bytes", "not all four")
 def everything_again(batch, sequence, hidden, n, element=2, recompute=False):
     return (8 if recompute else 4) * 2 * (n - 1) / n * batch * sequence * hidden * element
+
+
+@mistake("tensor_parallel_bytes", "rounded to whole numbers")
+def whole_parts(batch, sequence, hidden, n, element=2, recompute=False):
+    return (4 + 2 * recompute) * 2 * (n - 1) * (batch * sequence * hidden // n) * element
+
+
+@mistake("tensor_parallel_bytes", "rounded to whole numbers")
+def padded_parts(batch, sequence, hidden, n, element=2, recompute=False):
+    return (4 + 2 * recompute) * 2 * (n - 1) * -(-batch * sequence * hidden // n) * element
+
+
+@mistake("tensor_parallel_bytes", "rounded to whole numbers")
+def whole_bytes(batch, sequence, hidden, n, element=2, recompute=False):
+    return int((4 + 2 * recompute) * 2 * (n - 1) / n * batch * sequence * hidden * element)
 
 
 @right("tensor_parallel_bytes")
@@ -300,6 +315,14 @@ def never_none(parameters, memory, stage):
     if not shared:
         return 1 if room >= 0 else None
     return -(-shared // room) if room > 0 else 10**9
+
+
+@right("fewest_ranks")
+def of_whole_parameters(parameters, memory, stage):
+    def held(n):
+        return (16 - SHARED[stage]) * parameters + SHARED[stage] * -(-parameters // n)
+
+    return next((n for n in range(1, 10_000) if held(n) <= memory), None)
 
 
 @right("fewest_ranks")
