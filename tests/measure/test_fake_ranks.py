@@ -207,6 +207,8 @@ def test_a_model_that_cannot_be_traced_says_the_line():
         fake_trace(lambda: chosen(nn.Linear(4, 4)(torch.randn(2, 4))), world_size=16)
     with pytest.raises(CannotTrace, match="reads a tensor's memory"):
         fake_trace(lambda: torch.randn(3).numpy().sum(), world_size=16)
+    with pytest.raises(CannotTrace, match=r"lazy modules cannot be traced: give the sizes"):
+        fake_trace(lambda: nn.LazyLinear(4)(torch.randn(2, 4)), world_size=16)
     assert not dist.is_initialized()
 
 
