@@ -22,10 +22,10 @@ MODELS = (  # (model, sequences in a micro-batch): narrow and wide, few and many
     (Transformer(96, 2, 4, 160, 48, dropout=False, fused=True), 2),
     (Transformer(96, 6, 4, 160, 48, dropout=False, fused=True), 4),
     (Transformer(192, 3, 4, 320, 96, dropout=False, fused=True), 2),
-    (Transformer(320, 2, 8, 640, 48, dropout=False, fused=True), 1),
-    (Transformer(384, 2, 8, 320, 64, dropout=False, fused=True), 3),
+    (Transformer(320, 1, 8, 640, 48, dropout=False, fused=True), 1),
+    (Transformer(384, 1, 8, 320, 64, dropout=False, fused=True), 3),
 )
-SIZES = (1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 22, 1 << 24)  # the last is beyond most caches
+SIZES = (1 << 12, 1 << 15, 1 << 18, 1 << 20, 1 << 22, 1 << 23)  # the last is beyond most caches
 
 
 def calibrate(ranks, operations=None, *, rounds=5, memory=1e9):
