@@ -87,21 +87,15 @@ def overlap(journeys, depth=DEPTH):
             under_way.append(journey)
 
 
-def relay(journeys, rank, n, group=None, depth=DEPTH):
-    """Run journeys round the ring, `depth` of them in turn: each is an iterator of as many steps as the others,
-    (leaving, to rank + 1; arriving, from rank − 1; what to do then or None), whose tensors it knows beforehand.
+def relay(steps, rank, n, group=None):
+    """Messages round the ring, one step after the other: (leaving, to rank + 1; arriving, from rank − 1; what to do
+    then or None), whose tensors are known beforehand.
 
     Each receipt is asked for one step ahead: gloo's sender waits until there is a place for its message, and a process
     that waits for its turn on a core says so late. For the same reason a step does not wait for its own message to
     be gone, only for the one before. (nccl has to start a step's sending and receiving together.)
     """
-    journeys = list(journeys)
-    steps = (
-        step
-        for i in range(0, len(journeys), depth)
-        for turn in zip(*journeys[i : i + depth], strict=True)
-        for step in turn
-    )
+    steps = iter(steps)
     step, asked, leaves = next(steps, None), [], []
     ahead = step is not None and not (step[0].is_cuda and not _gloo_on_gpu(step[0], group))
     if ahead:

@@ -7,7 +7,6 @@ Source: Patarasuk, Yuan, "Bandwidth Optimal All-reduce Algorithms for Clusters o
 from itertools import chain, cycle
 
 from .point_to_point import (
-    PIECE_BYTES,
     check_op,
     combine,
     finish,
@@ -22,8 +21,12 @@ from .point_to_point import (
 )
 from .rooted_collectives import SUM
 
+# Long chunks go round in pieces of at most this size, one after the other: it bounds the memory that a ring needs
+# beside the tensor, 2 to 4 pieces. Smaller ones cost time: each message takes processor time, whatever its size.
+RING_PIECE_BYTES = 32 << 20
 
-def ring_all_reduce(tensor, op=SUM, group=None, *, piece_bytes=PIECE_BYTES):
+
+def ring_all_reduce(tensor, op=SUM, group=None, *, piece_bytes=RING_PIECE_BYTES):
     """The sum (or `op`) of all ranks' tensors, in place on every rank; returned.
 
     A reduce-scatter, then an all-gather: 2·(n − 1) steps, in each of which a rank sends one chunk to the next rank.
@@ -34,15 +37,14 @@ def ring_all_reduce(tensor, op=SUM, group=None, *, piece_bytes=PIECE_BYTES):
     with flat(tensor) as line:
         parts = pieces(line.tensor_split(n), piece_bytes)
         rooms = _rooms(parts, 2)
-        journeys = (
-            chain(_ring_reduce(k, parts, rooms, op, rank, n), _ring_gather(k, parts, rank, n))
-            for k in range(len(parts[0]))
+        halves = (
+            (_ring_reduce(k, parts, rooms, op, rank, n), _ring_gather(k, parts, rank, n)) for k in range(len(parts[0]))
         )
-        relay(journeys, rank, n, group)
+        relay(chain.from_iterable(chain.from_iterable(halves)), rank, n, group)
     return tensor
 
 
-def ring_reduce_scatter(tensor, op=SUM, out=None, group=None, *, piece_bytes=PIECE_BYTES):
+def ring_reduce_scatter(tensor, op=SUM, out=None, group=None, *, piece_bytes=RING_PIECE_BYTES):
     """Chunk `rank` (along dimension 0) of the sum of all ranks' tensors; `tensor` stays as it is.
 
     tensor: (rows, …), the same shape on every rank. Returns (split_sizes(rows, n)[rank], …), in `out` if given.
@@ -53,14 +55,15 @@ def ring_reduce_scatter(tensor, op=SUM, out=None, group=None, *, piece_bytes=PIE
     chunks = rows(tensor).tensor_split(n)
     out = place_for(out, chunks[rank].shape, like=tensor)
     parts = pieces(chunks, piece_bytes)
-    results, rooms = out.view(-1).tensor_split(len(parts[0])), _rooms(parts, 5 if n > 2 else 2)
+    results, rooms = out.view(-1).tensor_split(len(parts[0])), _rooms(parts, 4 if n > 2 else 2)
     if n == 1:
         out.copy_(chunks[0])
-    relay((_ring_reduce(k, parts, rooms, op, rank, n, result) for k, result in enumerate(results)), rank, n, group)
+    steps = (_ring_reduce(k, parts, rooms, op, rank, n, result) for k, result in enumerate(results))
+    relay(chain.from_iterable(steps), rank, n, group)
     return out
 
 
-def ring_all_gather(tensor, sizes=None, out=None, group=None, *, piece_bytes=PIECE_BYTES):
+def ring_all_gather(tensor, sizes=None, out=None, group=None, *, piece_bytes=RING_PIECE_BYTES):
     """All ranks' rows, in the order of ranks, on every rank.
 
     tensor: (rows, …); sizes: every rank's rows, where they differ. Returns (sum of sizes, …), in `out` if given.
@@ -71,7 +74,7 @@ def ring_all_gather(tensor, sizes=None, out=None, group=None, *, piece_bytes=PIE
     if shards[rank].data_ptr() != tensor.data_ptr() or not tensor.is_contiguous():  # else it is in its place already
         shards[rank].copy_(tensor.detach().view_as(shards[rank]))
     parts = pieces(shards, piece_bytes)
-    relay((_ring_gather(k, parts, rank, n) for k in range(len(parts[0]))), rank, n, group)
+    relay(chain.from_iterable(_ring_gather(k, parts, rank, n) for k in range(len(parts[0]))), rank, n, group)
     return out
 
 
@@ -99,7 +102,7 @@ def _ring_reduce(k, parts, rooms, op, rank, n, result=None):
 
 def _rooms(parts, count):
     """Where pieces arrive, in turn: two places, for one is being added up while another comes. And where sums are put
-    that must not overwrite anything: three in turn, for the one before the last may still be leaving."""
+    that must not overwrite anything: two, for the last one may still be leaving."""
     spare = scratch(parts[0][0], count, max(chunk[0].numel() for chunk in parts))
     return cycle(spare[:2]), cycle(spare[2:])
 

@@ -53,7 +53,7 @@ class ShardedOptimizer(Optimizer):
     """
 
     def __init__(self, params, optimizer_class, group=None, *, reduce_gradients=True, find_unused_parameters=False,
-                 overlap=False, bucket_mb=8, **defaults):  # fmt: skip
+                 overlap=False, bucket_mb=25, **defaults):  # fmt: skip
         if bad := [c.__name__ for c in optimizer_class.__mro__ if c.__name__ in NOT_ELEMENTWISE]:
             raise ValueError(
                 f"{bad[0]} is not elementwise: its step for one element depends on others, which another rank may "
