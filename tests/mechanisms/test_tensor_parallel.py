@@ -240,7 +240,7 @@ def traffic(kind, options, needs_grad=True):
 def sent(record):
     _, _, _, messages, _ = record
     found = {}
-    for name, *_, size, _, _ in messages:
+    for name, _, _, size, *_ in messages:
         if name != "recv":
             found[name] = found.get(name, 0) + size
     return found
