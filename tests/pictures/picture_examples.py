@@ -193,12 +193,22 @@ EXAMPLES = {
     ),
     "plans": lambda: pictures.plans(
         [
-            {"plan": "tp4 × dp128 sp zero2 micro 1", "parts": {"compute": 7.1, "bubble": 0.2, "tensor": 1.9},
-             "memory": 61e9, "why": ""},
-            {"plan": "dp512 zero3 micro 2", "parts": {"compute": 7.1, "data": 3.2}, "memory": 7.7e10,
-             "why": "12.0% slower, most of it data: +3.2 s, though tensor is 1.9 s less"},
+            {
+                "plan": "tp4 × dp128 sp zero2 micro 1",
+                "parts": {"compute": 7.1, "bubble": 0.2, "tensor": 1.9},
+                "memory": 61e9,
+                "why": "",
+            },
+            {
+                "plan": "dp512 zero3 micro 2",
+                "parts": {"compute": 7.1, "data": 3.2},
+                "memory": 7.7e10,
+                "why": "12.0% slower, most of it data: +3.2 s, though tensor is 1.9 s less",
+            },
         ],
-        title="70 B on 512 GPUs", note="computed", limit=80e9,
+        title="70 B on 512 GPUs",
+        note="computed",
+        limit=80e9,
     ),
     "contact sheet": lambda: pictures.contact_sheet(pictures.ring_steps(ring_states(3))),
 }
