@@ -17,13 +17,12 @@ import signal
 import subprocess
 import sys
 import threading
-from multiprocessing import connection
+from contextlib import suppress
+from multiprocessing import connection, reduction
 
 
 def main(folder, mode, *command):
     """command: torchrun's own arguments. Returns what to do in a forked process; the guard itself exits in here."""
-    import psutil
-
     from pardist_lib.ranks.host import PRELOADED, as_its_own_process
     from pardist_lib.ranks.transport import Door
 
@@ -49,24 +48,29 @@ def main(folder, mode, *command):
     while code is None:
         for ready in connection.wait([notebook, alarm, door, *workers]):
             if ready == notebook:
-                _end_all(psutil.Process(), psutil)
+                _end_all()
                 shutil.rmtree(folder, ignore_errors=True)
                 os._exit(1)
             elif ready == alarm:
                 os.read(alarm, 4096)
             elif ready is door:
-                if arrived := door.accept():
-                    worker, job = arrived
-                    job["output"] = worker.fds = [_take_fd(worker) for _ in (1, 2)]
-                    workers[worker] = os.fork()
-                    if not workers[worker]:
-                        as_its_own_process()
-                        door.listener._listener._socket.close()  # the guard's ends must end with the guard
-                        for end in (*ends, *(w.fileno() for w in workers)):
-                            os.close(end)
-                        return lambda: _be(job)
-                    for fd in worker.fds:
-                        os.close(fd)
+                if not (arrived := door.accept()):
+                    continue
+                worker, job = arrived
+                try:
+                    job["output"] = [reduction.recv_handle(worker) for _ in (1, 2)]
+                except (EOFError, OSError):  # torchrun has killed it in the middle
+                    worker.close()
+                    continue
+                workers[worker] = os.fork()
+                if not workers[worker]:
+                    as_its_own_process()
+                    door.listener._listener._socket.close()  # the guard's ends must end with the guard
+                    for end in (*ends, *(w.fileno() for w in workers)):
+                        os.close(end)
+                    return lambda: _be(job)
+                for fd in job["output"]:
+                    os.close(fd)
             else:
                 try:
                     os.kill(workers[ready], ready.recv())  # a signal that it was sent, for its rank
@@ -78,9 +82,10 @@ def main(folder, mode, *command):
                 code = status
             for worker in [w for w, rank in workers.items() if rank == pid]:
                 del workers[worker]
-                worker.send(status)
+                with suppress(OSError):  # it may have been killed meanwhile
+                    worker.send(status)
                 worker.close()
-    _end_all(psutil.Process(), psutil)
+    _end_all()
     sys.exit(code if code >= 0 else 128 - code)
 
 
@@ -92,7 +97,10 @@ def _ended():
     return (pid, os.waitstatus_to_exitcode(status)) if pid else None
 
 
-def _end_all(me, psutil):
+def _end_all():
+    import psutil
+
+    me = psutil.Process()
     while family := me.children(recursive=True):  # a worker may be starting another process right now
         for process in family:
             try:
@@ -100,12 +108,6 @@ def _end_all(me, psutil):
             except psutil.NoSuchProcess:
                 pass
         psutil.wait_procs(family, 1)
-
-
-def _take_fd(conn):
-    from multiprocessing import reduction
-
-    return reduction.recv_handle(conn)
 
 
 def _be(job):
