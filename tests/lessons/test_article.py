@@ -21,7 +21,7 @@ def test_a_step_is_shown_as_what_changed(step):
 
 
 def test_the_first_step_marks_what_is_ours():
-    assert article.show(0).data.count("# ours") == 5
+    assert article.show(0).data.count("# ours") == 6
 
 
 def test_a_program_that_takes_too_long_says_so_in_one_line(capsys):

@@ -11,7 +11,7 @@ WORLD_SIZE = 4
 
 def set_up(rank):
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-    os.environ["MASTER_PORT"] = str(20000 + os.getppid() % 20000)  # alike on all ranks
+    os.environ["MASTER_PORT"] = str(20000 + os.getppid() % 10000)  # alike on all ranks
     dist.init_process_group("gloo", init_method="env://", rank=rank, world_size=WORLD_SIZE)
 
 
