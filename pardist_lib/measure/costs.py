@@ -61,22 +61,26 @@ class Transformer:
     active: int = 1
 
     def __post_init__(self):
-        if self.head_dim is None and isinstance(self.heads, int) and self.heads > 0 and self.hidden % self.heads:
+        self._whole_numbers("hidden", "layers", "heads", "vocab", "sequence")
+        if self.head_dim is None and self.hidden % self.heads:
             raise ValueError(f"{self.heads} heads do not divide hidden {self.hidden}: give head_dim")
-        given = {"ffn": 4 * self.hidden, "kv_heads": self.heads, "head_dim": self.hidden // max(self.heads, 1)}
+        given = {"ffn": 4 * self.hidden, "kv_heads": self.heads, "head_dim": self.hidden // self.heads}
         for name, default in given.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
-        for name in ("hidden", "layers", "heads", "vocab", "sequence", *given, "experts", "active"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
+        self._whole_numbers(*given, "experts", "active")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} heads of keys and values do not divide {self.heads} heads")
         if self.bias not in (True, False, "qkv"):
             raise ValueError(f'bias is True, False or "qkv", not {self.bias!r}')
         if self.active > self.experts:
             raise ValueError(f"a token cannot visit {self.active} of {self.experts} experts")
+
+    def _whole_numbers(self, *names):
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
 
     @property
     def query(self):
@@ -150,8 +154,9 @@ def check(model, plan, batch):
         value = getattr(plan, name)
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
-    if not isinstance(batch, (int, np.integer)) or batch < 1:
-        raise ValueError(f"batch is a whole number of sequences from 1 on, not {batch!r}")
+    if not isinstance(plan.zero, (int, np.integer)) or isinstance(plan.zero, bool) or plan.zero not in range(4):
+        raise ValueError(f"zero is a stage, 0 to 3, not {plan.zero!r}: which stage is meant?")
+    check_batch(batch)
     rules = [
         ("tp", model.heads, "heads"),
         ("tp", model.kv_heads if plan.tp <= model.kv_heads else model.heads, "heads of keys and values"),
@@ -184,14 +189,22 @@ def check(model, plan, batch):
             f"v {plan.v}: chunks need a pipeline, and pp {plan.pp} has to divide the {micro_batches(plan, batch)} "
             "micro-batches; v 1 needs neither"
         )
-    if plan.recompute not in RECOMPUTE or plan.zero not in range(4):
-        raise ValueError(f"recompute is one of {RECOMPUTE} and zero 0 to 3, not {plan.recompute!r}, {plan.zero!r}")
+    if plan.recompute not in RECOMPUTE:
+        raise ValueError(f"recompute is one of {RECOMPUTE}, not {plan.recompute!r}")
+    if not isinstance(plan.sp, (bool, np.bool_)):
+        raise ValueError(f"sp is True or False, not {plan.sp!r}")
     if plan.sp and plan.tp == 1:
         raise ValueError("sp shares the sequence among tensor-parallel ranks: with tp 1 there are none")
     if plan.sp and model.sequence // plan.cp % plan.tp:
         raise ValueError(
             f"sp: tp {plan.tp} does not divide {model.sequence // plan.cp} tokens of a sequence: without sp it need not"
         )
+
+
+def check_batch(batch):
+    """Raises ValueError unless it is a number of sequences."""
+    if not isinstance(batch, (int, np.integer)) or isinstance(batch, bool) or batch < 1:
+        raise ValueError(f"batch is a whole number of sequences from 1 on, not {batch!r}")
 
 
 def _near(plan, name, whole):
@@ -216,6 +229,7 @@ def training_flops(model, batch, recompute="none"):
     Model FLOPs (for MFU) are those with recompute="none".
     """
     again = {"none": (0, 0), "selective": (0, 1), "full": (1, 1)}
+    check_batch(batch)
     if recompute not in again:
         raise ValueError(f"recompute is one of {', '.join(again)}, not {recompute!r}")
     products, scores, logits = forward_flops(model)
@@ -249,7 +263,7 @@ def bytes_of(states):
         if states not in STATES:
             raise ValueError(f"states is one of {', '.join(map(repr, STATES))}, or three numbers, not {states!r}")
         return STATES[states]
-    if len(states) != 3 or min(states) < 0:
+    if not isinstance(states, (tuple, list)) or len(states) != 3 or min(states) < 0:
         raise ValueError(f"states is bytes of a (weight, gradient, optimizer state), each 0 or more, not {states!r}")
     return tuple(states)
 
@@ -355,24 +369,26 @@ def activations(model, plan, stage="first", element=2, batch=None, mask=1):
     """Bytes of activations on a rank of the first or the last pipeline stage, at its fullest moment.
 
     The first stage holds p micro-batches of its l/p layers: as much as one micro-batch of all layers; with chunks
-    (1 + (p − 1)/(pv)) times that (Korthikanti et al., section 4.2.3). The last holds one, and the logits. With
-    recompute="full" the layer that runs again has all its activations meanwhile.
+    (1 + (p − 1)/(pv)) times that (Korthikanti et al., section 4.2.3). The last holds one, with chunks
+    ((v − 1)p + 1)/v: it goes forward through all chunks but one of p micro-batches before its first backward; and
+    the logits. With recompute="full" the layer that runs again has all its activations meanwhile.
     """
     layers, share = model.layers / plan.pp, np.where(plan.sp, plan.tp, 1)
-    flight = np.where(np.asarray(plan.v) > 1, plan.pp * (1 + (plan.pp - 1) / (plan.pp * plan.v)), plan.pp)
+    p, v = np.asarray(plan.pp), np.asarray(plan.v)
+    held = np.where(v > 1, p + (p - 1) / v, p) if stage == "first" else ((v - 1) * p + 1) / v
+    held = np.where(p == 1, 1, held)
     if batch is not None:
-        flight = np.minimum(flight, micro_batches(plan, batch))
-    tokens, one = model.sequence * plan.micro / plan.cp, np.asarray(plan.pp) == 1
+        held = np.minimum(held, micro_batches(plan, batch))
+    tokens = model.sequence * plan.micro / plan.cp
     working = Plan(micro=plan.micro, tp=plan.tp, cp=plan.cp, sp=plan.sp, ep=plan.ep)
     again = np.where(_is(plan, "full"), layer_activations(model, working, element, mask), 0)
     embedding = (mask if model.dropout else 0) * tokens * model.hidden / share  # its dropout's mask
     head = tokens * (2 * element * model.hidden / share + 4 * model.vocab / plan.tp)
-    in_first = embedding * flight + np.where(one, head, 0)
-    in_last = head + np.where(one, embedding, 0)
-    held = flight if stage == "first" else 1 + (np.asarray(plan.v) - 1) / plan.v
-    held = np.where(one, 1, held)
-    kept = layers * held * layer_activations(model, plan, element, mask)
-    return kept + again + (in_first if stage == "first" else in_last)
+    if stage == "first":
+        ends = embedding * held + np.where(p == 1, head, 0)
+    else:
+        ends = head + np.where(p == 1, embedding, 0)
+    return layers * held * layer_activations(model, plan, element, mask) + again + ends
 
 
 def _is(plan, recompute):

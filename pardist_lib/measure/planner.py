@@ -12,6 +12,7 @@ al. (2020), section 7; Liu et al., "Ring Attention" (2023), for the context axis
 """
 
 from dataclasses import dataclass, field, fields
+from functools import cache
 from math import inf
 
 import numpy as np
@@ -32,6 +33,12 @@ from .costs import (
 )
 
 
+def _numbers(described, *names):
+    for name in names:
+        if not isinstance(getattr(described, name), (int, float, np.number)):
+            raise ValueError(f"{name} is a number, not {getattr(described, name)!r}")
+
+
 @dataclass(frozen=True)
 class Link:
     """What carries messages: `latency` seconds for each, `bandwidth` bytes a second out of one rank."""
@@ -40,6 +47,7 @@ class Link:
     bandwidth: float
 
     def __post_init__(self):
+        _numbers(self, "latency", "bandwidth")
         if not (self.latency >= 0 and self.bandwidth > 0):
             raise ValueError(
                 f"a link has a latency of 0 or more seconds and a bandwidth above 0 bytes a second, not "
@@ -86,6 +94,10 @@ class Machine:
     busy: dict | None = None
 
     def __post_init__(self):
+        _numbers(self, "flops", "memory", "node", "efficiency", "overlap", "touch", "layer", "update", "update_layer")
+        for name in ("within", "between"):
+            if not isinstance(getattr(self, name), Link):
+                raise ValueError(f"{name} is a Link(latency, bandwidth), not {getattr(self, name)!r}")
         for name in ("flops", "memory", "node", "touch", "update"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} of a machine is above 0, not {getattr(self, name)!r}")
@@ -132,14 +144,16 @@ def half_all_reduce(ranks, size, latency, bandwidth):
     return (ranks - 1) * latency + (ranks - 1) / ranks * size / bandwidth
 
 
-def estimate(model, plan, machine, batch, states="mixed"):
-    """An `Estimate` for a step on `batch` sequences. Raises ValueError where the plan cannot be; whether it fits
-    into memory is for the caller to see.
+def estimate(model, plan, machine, batch=None, states="mixed"):
+    """An `Estimate` for a step on `batch` sequences (None: a micro-batch for each pipeline stage).
+
+    Raises ValueError where the plan cannot be; whether it fits into memory is for the caller to see.
 
     The slowest stage is the last one, which has the logits. A step is the time of its m micro-batches, times
     1 + (p − 1)/(vm), and the data-parallel messages that do not hide: behind the last micro-batch's backward, or, with
     ZeRO-2 and 3, which send for every micro-batch, behind each.
     """
+    batch = plan.dp * plan.micro * plan.pp if batch is None else batch
     check(model, plan, batch)
     memory = training_memory(model, plan, batch, states)
     parts = {name: float(value) for name, value in _seconds(model, plan, machine, batch, states).items()}
@@ -339,7 +353,7 @@ def best_plans(model, machine, gpus, batch, *, states="mixed", most=10, max_micr
         near = _nearest_gpus(model, gpus, batch, max_micro, only)
         raise ValueError(
             f"{gpus} GPUs cannot be laid out for {model.heads} heads, {model.layers} layers and a batch of "
-            f"{batch}{limits}: " + (f"{near} can" if near else "no other number of them can either")
+            f"{batch}{limits}: " + (f"{near} can" if near else "no number near it can either")
         )
     memory = training_memory(model, plans, batch, states)
     seconds = _seconds(model, plans, machine, batch, states)
@@ -428,9 +442,15 @@ def _plan(plans, i):
     return Plan(**values)
 
 
-def _nearest_gpus(model, gpus, batch, max_micro, only):
-    others = sorted(range(1, 2 * gpus + 1), key=lambda n: (abs(n - gpus), n))
-    return next((n for n in others if len(_all_plans(model, n, batch, max_micro, only).dp)), None)
+def _nearest_gpus(model, gpus, batch, max_micro, only, tries=100):
+    """The number of GPUs nearest to `gpus` for which there is a plan; None where `tries` of them have none."""
+    whole = {"tp": model.heads, "pp": model.layers, "cp": model.sequence, "dp": batch}
+    counts = {1}
+    for axis, divided in whole.items():
+        ways = [n for n in _divisors(divided) if n in (only or {}).get(axis, (n,))]
+        counts = {c * n for c in counts for n in ways if c * n <= 2 * gpus}
+    near = sorted(counts, key=lambda n: (abs(n - gpus), n))[:tries]
+    return next((n for n in near if len(_all_plans(model, n, batch, max_micro, only).dp)), None)
 
 
 def _more_gpus(model, machine, gpus, batch, states, most=64):
@@ -444,5 +464,6 @@ def _more_gpus(model, machine, gpus, batch, states, most=64):
     return ""
 
 
+@cache
 def _divisors(n):
     return [d for d in range(1, n + 1) if n % d == 0]

@@ -17,7 +17,7 @@ def megatron(hidden, layers, heads):
 def llama(hidden, layers, heads, ffn, vocab=128256, sequence=8192, kv_heads=8, **more):
     """Llama 3's kind: grouped heads, a gated MLP, RMSNorm, rotary positions, fused attention, no dropout."""
     options = {"gated": True, "bias": False, "rms_norm": True, "positions": False, "tied": False, "dropout": False}
-    return Transformer(hidden, layers, heads, vocab, sequence, ffn, kv_heads, fused=True, **options, **more)
+    return Transformer(hidden, layers, heads, vocab, sequence, ffn, kv_heads, fused=True, **options | more)
 
 
 MODELS = {

@@ -173,6 +173,20 @@ def test_a_pipelines_first_stage_holds_as_much_as_one_rank():
     assert activations(GPT3, Plan(pp=8), batch=2) < activations(GPT3, Plan(pp=8), batch=8)
 
 
+@pytest.mark.parametrize("pp, v, m", [(4, 2, 8), (8, 3, 16), (4, 4, 4), (6, 1, 12), (2, 5, 2), (4, 2, 400)])
+def test_what_a_pipeline_holds_is_what_its_schedule_holds(pp, v, m):
+    """Interleaved 1F1B, as Megatron orders it: (p - r - 1)·2 + (v - 1)·p chunks forward, then one forward, one back."""
+    model = replace(LLAMA3, layers=pp * v, vocab=1)
+    for stage, rank in (("first", 0), ("last", pp - 1)):
+        warm_up = (pp - rank - 1) * 2 + (v - 1) * pp if v > 1 else pp - rank - 1
+        order = [1] * min(warm_up, m * v) + [1, -1] * (m * v - min(warm_up, m * v))
+        most = max(np.cumsum(order))  # chunks, of one layer each here
+        layer = layer_activations(model, Plan())
+        ends = activations(replace(model, layers=1), Plan()) - layer if stage == "last" else 0
+        held = activations(model, Plan(pp=pp, v=v), stage, batch=m)
+        assert held == pytest.approx(most * layer + ends, rel=1e-9), stage
+
+
 @pytest.mark.parametrize("model", [GPT3, LLAMA3, replace(LLAMA3, experts=8, active=2), replace(GPT3, tied=False)])
 def test_all_ranks_together_hold_the_model(model):
     """Two stages of half the layers each; what tensor parallelism does not split is there on every rank."""
@@ -220,7 +234,16 @@ def test_many_plans_at_once_are_one_after_the_other():
         (lambda: training_memory(GPT3, Plan(pp=4, v=2), batch=6), "pp 4 has to divide the 6 micro-batches"),
         (lambda: training_memory(GPT3, Plan(sp=True)), "with tp 1 there are none"),
         (lambda: training_memory(GPT3, Plan(sp=True, tp=6)), "sp: tp 6 does not divide 2048 tokens"),
-        (lambda: training_memory(GPT3, Plan(zero=4)), "zero 0 to 3"),
+        (lambda: training_memory(GPT3, Plan(zero=4)), "zero is a stage, 0 to 3, not 4"),
+        (lambda: training_memory(GPT3, Plan(zero=True)), "zero is a stage, 0 to 3, not True: which stage is meant"),
+        (lambda: training_memory(GPT3, Plan(zero=1.0)), "zero is a stage, 0 to 3, not 1.0"),
+        (lambda: training_memory(GPT3, Plan(tp=2, sp="no")), "sp is True or False, not 'no'"),
+        (lambda: training_memory(GPT3, Plan(recompute=None)), "recompute is one of .*, not None"),
+        (lambda: training_memory(GPT3, Plan(), states=3), "three numbers|states is bytes"),
+        (lambda: training_flops(GPT3, -1), "batch is a whole number of sequences from 1 on, not -1"),
+        (lambda: training_flops(GPT3, "8"), "batch is a whole number of sequences from 1 on, not '8'"),
+        (lambda: Transformer(None, 1, 4, 100, 8), "hidden is a whole number from 1 on, not None"),
+        (lambda: Transformer(12, 1, "4", 100, 8), "heads is a whole number from 1 on, not '4'"),
         (lambda: training_flops(GPT3, 1, "some"), "recompute is one of none, selective, full, not 'some'"),
         (lambda: training_seconds(GPT3, 1e9, 0, 1e12), "are above 0"),
     ],

@@ -1,5 +1,6 @@
 """Estimates against published runs, and the search against trying everything."""
 
+import time
 from dataclasses import replace
 from itertools import product
 
@@ -87,6 +88,19 @@ def test_the_search_finds_what_trying_everything_finds(model, gpus, batch):
     assert all("slower, most of it" in why for why in with_why)
 
 
+def test_a_number_of_gpus_that_cannot_be_is_told_at_once():
+    """10,007 is prime; heads, layers, tokens and sequences of a batch have only 2 and 3 in them."""
+    began = time.process_time()
+    with pytest.raises(ValueError, match="10007 GPUs cannot be laid out for .*: 9216 can"):
+        best_plans(GPT3, A100, 10_007, 1536)
+    assert time.process_time() - began < 2
+
+
+def test_without_a_batch_each_stage_has_a_micro_batch():
+    plan = Plan(dp=2, tp=8, pp=4, micro=2)
+    assert estimate(GPT3, plan, A100) == estimate(GPT3, plan, A100, 16)
+
+
 def test_why_not():
     best = best_plans(GPT3, A100, 64, 64)[0].plan
     assert why_not(GPT3, best, A100, 64) == ""
@@ -112,6 +126,10 @@ def test_why_not():
         (lambda: best_plans(GPT3, A100, 8, 8, only={"tpp": (1,)}), "a plan has no tpp: dp, tp"),
         (lambda: best_plans(GPT3, A100, 8, 8, only={"pp": (3,)}), r"cannot be laid out .*, pp of \(3,\): 9 can"),
         (lambda: best_plans(GPT3, A100, 8, 8, states="half"), "states is one of"),
+        (lambda: Link("5 us", 1), "latency is a number, not '5 us'"),
+        (lambda: replace(A100, within=25e9), r"within is a Link\(latency, bandwidth\), not 250"),
+        (lambda: replace(A100, flops=None), "flops is a number, not None"),
+        (lambda: best_plans(GPT3, A100, 8, 8, only={"zero": (7,)}), "no number near it can either"),
         (lambda: Link(float("nan"), 1), "latency of 0 or more"),
         (lambda: replace(A100, flops=float("nan")), "flops of a machine is above 0"),
         (lambda: replace(A100, layer=-1), "layer and update_layer are 0 or more"),

@@ -6,9 +6,9 @@ from statistics import median
 
 import pytest
 
-from pardist_lib.measure.costs import training_flops
+from pardist_lib.measure.costs import Plan, training_flops
 from pardist_lib.measure.planner import best_plans, estimate
-from pardist_lib.measure.published import A100, H100, MODELS, RECOMPUTATION, SC21, megatron
+from pardist_lib.measure.published import A100, H100, MODELS, RECOMPUTATION, SC21, llama, megatron
 
 
 def test_parameters_and_gpus_of_table_1():
@@ -19,6 +19,18 @@ def test_parameters_and_gpus_of_table_1():
     total = [plan.gpus * tflops / 1e3 for _, plan, _, tflops in SC21]
     published = [4.4, 8.8, 18.2, 34.6, 70.8, 143.8, 227.1, 297.4, 410.2, 502.0]
     assert total == pytest.approx(published, rel=0.01)
+
+
+def test_a_small_llama_ties_its_tables():
+    """Llama 3.2 1 B, whose files hold 1,235,814,400 numbers."""
+    assert llama(2048, 16, 32, 8192, tied=True).parameters() == 1_235_814_400
+
+
+@pytest.mark.parametrize("dp, seconds", [(8, 60.1), (10, 50.2), (12, 44.4)])
+def test_a_run_that_is_in_no_table_here(dp, seconds):
+    """MT-NLG 530 B (Smith et al., 2022): 35 stages of 8 A100s, batch 1,920: within a fifth."""
+    plan = Plan(dp=dp, tp=8, pp=35, recompute="full")
+    assert estimate(megatron(20480, 105, 128), plan, A100, 1920).seconds == pytest.approx(seconds, rel=0.2)
 
 
 def test_published_times_agree_with_published_mfu():
