@@ -5,6 +5,7 @@ and storages of the right size, and no values. So a training step of a model tha
 """
 
 import importlib
+import pickle
 import sys
 import traceback
 import warnings
@@ -87,10 +88,10 @@ def fake_trace(fn, *args, world_size, ranks=(0,), **kwargs):
 
     fn builds its model and trains it, as on a real rank: DistributedDataParallel, fully_shard, DTensor, pipelining,
     our own mechanisms, or plain torch.distributed. It runs on this machine's CPU device; tensors that come from outside
-    are taken as they are. torch's and our checks that ranks agree (by object collectives, or when
-    DistributedDataParallel starts) are answered with this rank's own, and are not counted. Our mechanisms do what they
-    do on nccl: shards travel by torch's all-gather and reduce-scatter, not by a ring of messages. Memory that a kernel
-    takes for itself is not known: that of nn.LSTM on a CPU is counted too low.
+    are taken as they are. Object collectives, also those by which torch and the course check that ranks agree, are
+    answered with this rank's own object, and count as many bytes as that has. Our mechanisms do what they do on nccl:
+    shards travel by torch's all-gather and reduce-scatter, not by a ring of messages. Memory that a kernel takes for
+    itself is not known: nn.LSTM's workspace on a CPU, most of what it keeps for backward, is missing (nn.GRU has none).
 
     Raises ValueError for a world size that is not 1 to 4,096, a rank that is not in it, a model made outside of fn;
     RuntimeError where this process has a process group already (the fake one is destroyed at the end, whatever
@@ -131,7 +132,7 @@ def _as_rank(rank, world_size, fn, args, kwargs):
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-            stack.enter_context(_answered())
+            stack.enter_context(_answered(noting))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             watch = stack.enter_context(watching(noting.clock, noting.notice))
             stack.enter_context(_Values())
@@ -167,11 +168,19 @@ class _Noting:
         else:
             group = distributed_c10d._resolve_process_group(args[-1])
             given = args[0]
-        if group not in self.groups:
-            self.groups[group] = tuple(dist.get_process_group_ranks(group))
-        members = self.groups[group]
+        members = self.members(group)
         peer = members[args[2]] if name in ("send", "recv") and args[2] in range(len(members)) else None
         return Call(self.rank, name, 0 if name == "barrier" else _bytes(given), members, peer, self.done)
+
+    def members(self, group):
+        if group not in self.groups:
+            self.groups[group] = tuple(dist.get_process_group_ranks(group))
+        return self.groups[group]
+
+    def made(self, group, *calls):
+        """Note calls, (name, bytes), that are answered without being made."""
+        members = self.members(group or dist.group.WORLD)
+        self.calls += [Call(self.rank, name, size, members, None, self.done) for name, size in calls]
 
 
 C10D = {
@@ -244,20 +253,33 @@ def _caller(*places):
 
 
 @contextmanager
-def _answered():
-    """While open: `dist.get_backend` says nccl; object collectives give this rank's own objects;
-    DistributedDataParallel does not compare the ranks' shapes, and averages its buckets by a hook (the fake group's
-    work has no result, which its C++ code would want); what is given to a pool of threads is done at once."""
+def _answered(noting):
+    """While open: `dist.get_backend` says nccl; object collectives give this rank's own objects, and are noted as the
+    calls that torch makes for them; DistributedDataParallel does not compare the ranks' shapes, and averages its
+    buckets by a hook (the fake group's work has no result, which its C++ code would want); what is given to a pool of
+    threads is done at once."""
 
     def all_gather_object(objects, value, group=None):
+        noting.made(group, ("all_gather", COUNT), ("all_gather", _pickled(value)))
         objects[:] = [value] * len(objects)
 
     def gather_object(value, objects=None, dst=None, group=None, group_dst=None):
+        noting.made(group, ("all_gather", COUNT), ("gather", _pickled(value)))
         if objects is not None:
             objects[:] = [value] * len(objects)
 
+    def broadcast_object_list(objects, src=None, group=None, device=None, group_src=None):
+        noting.made(group, ("broadcast", COUNT * len(objects)), ("broadcast", sum(map(_pickled, objects))))
+
     def scatter_object_list(out, objects=None, src=None, group=None, group_src=None):
+        given = objects or out[:1]
+        size = max(map(_pickled, given))
+        noting.made(group, ("broadcast", COUNT), ("scatter", size * len(given)), ("scatter", COUNT * len(given)))
         out[0] = objects[dist.get_rank(group)] if objects else None
+
+    def verify(group, parameters, logger=None):
+        shapes = sum(2 * p.dim() for p in parameters)  # and strides
+        noting.made(group, ("all_gather", COUNT), ("broadcast", COUNT * shapes))
 
     def swap_tensors(one, other):
         if not isinstance(one, FakeTensor):
@@ -294,7 +316,7 @@ def _answered():
             ("all_gather_object", all_gather_object),
             ("gather_object", gather_object),
             ("scatter_object_list", scatter_object_list),
-            ("broadcast_object_list", lambda *args, **kwargs: None),
+            ("broadcast_object_list", broadcast_object_list),
         )
     ]
     schedule = importlib.import_module("torch.distributed.pipelining.schedules")._PipelineSchedule
@@ -302,7 +324,7 @@ def _answered():
         replaced += [(schedule, "_warmup_p2p", _all_static)]
     replaced += [(dist, "get_backend", lambda group=None: "nccl")]
     replaced += [(torch.utils, "swap_tensors", swap_tensors), (fsdp_param, "_chunk_with_empty", _Chunks)]
-    replaced += [(ddp, "_verify_param_shape_across_processes", lambda *args, **kwargs: None)]
+    replaced += [(ddp, "_verify_param_shape_across_processes", verify)]
     replaced += [(ddp.DistributedDataParallel, "forward", with_hook), (ThreadPoolExecutor, "submit", submit)]
     before = [(place, name, vars(place)[name]) for place, name, _ in replaced]
     for place, name, value in replaced:
@@ -312,6 +334,17 @@ def _answered():
     finally:
         for place, name, value in before:
             setattr(place, name, value)
+
+
+COUNT = 8  # bytes of a whole number
+
+
+def _pickled(value):
+    """Bytes of an object on its way; 0 where it cannot be packed, as one that holds fake tensors."""
+    try:
+        return len(pickle.dumps(value))
+    except Exception:
+        return 0
 
 
 def _all_static(schedule, stages, has_backward, p2p_done):
@@ -370,6 +403,11 @@ def _why_not(error):
     other = fake_tensor.UnsupportedOperatorException, fake_tensor.UnsupportedFakeTensorException
     if "UninitializedParameter" in str(error):
         return "lazy modules cannot be traced: give the sizes, nn.Linear(64, 10) for nn.LazyLinear(10)"
+    if type(error).__name__ == "PipeliningMetadataError":
+        return (
+            "a pipeline's stage asks the stage before it for its shapes, and there is none here: give them, "
+            "PipelineStage(…, input_args=…, output_args=…), with requires_grad=True where gradients are sent"
+        )
     texts = "data is not allocated yet", ".numpy() is not supported for tensor subclasses"
     if not isinstance(error, (*known, *other)) and not any(text in str(error) for text in texts):
         return None

@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
 from pardist_lib.measure.fake_ranks import CannotTrace, fake_trace
+from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.mechanisms.sharded import ShardedDataParallel
 from pardist_lib.mechanisms.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -180,8 +182,35 @@ def test_data_parallel_calls_are_those_of_real_ranks(ranks_of, how):
     real, fake = ranks_of(2).trace(steps), fake_trace(steps, world_size=2, ranks=[0, 1])
     for rank in (0, 1):
         calls = [[(c.name, c.bytes) for c in trace.collectives if c.rank == rank] for trace in (real, fake)]
-        assert calls[0][:2] == [("all_gather", 8), ("broadcast", 48 * (3 if how else 1))]  # shapes, not counted
-        assert calls[0][2:] == calls[1]
+        assert calls[0][:2] == [("all_gather", 8), ("broadcast", 48 * (3 if how else 1))]  # whether shapes agree
+        assert calls[0] == calls[1]
+
+
+def test_object_collectives_are_counted_as_real_ones(ranks_of):
+    """Where ranks give objects of the same size."""
+
+    def step():
+        n, first = dist.get_world_size(), dist.get_rank() == 0
+        dist.all_gather_object([None] * n, {"weights": [1, 2.5]})
+        dist.gather_object("loss", [None] * n if first else None, 0)
+        dist.broadcast_object_list(["a name", 3], 0)
+        dist.scatter_object_list(["part"], ["part"] * n if first else None, 0)
+        DataParallel(nn.Linear(4, 4))
+        ShardedDataParallel(nn.Linear(4, 4), stage=2)
+
+    real, fake = ranks_of(3).trace(step), fake_trace(step, world_size=3, ranks=range(3))
+    for rank in range(3):
+        calls = [[(c.name, c.bytes, c.group) for c in trace.collectives if c.rank == rank] for trace in (real, fake)]
+        assert calls[0] == calls[1] and len(calls[0]) > 12
+
+
+def test_a_pipeline_without_shapes_is_told_to_give_them():
+    def stage():
+        made = PipelineStage(nn.Linear(4, 4), dist.get_rank(), 8, torch.device("cpu"))
+        ScheduleGPipe(made, 2, loss_fn=F.mse_loss).step(torch.ones(4, 4))
+
+    with pytest.raises(CannotTrace, match="input_args=…, output_args=…"):
+        fake_trace(stage, world_size=8)
 
 
 class Branches(nn.Module):

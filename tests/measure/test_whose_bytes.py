@@ -23,15 +23,13 @@ def made(trace, rank):
     return Counter((e.name, e.bytes, len(e.group)) for e in trace.collectives if e.rank == rank)
 
 
-def same_on_real_and_fake(ranks, step, expected, *args, without=()):
-    """A step's calls are `expected` on real ranks, and on fake ranks but for operations that only real ranks need."""
+def same_on_real_and_fake(ranks, step, expected, *args):
+    """A step's calls are `expected` on real ranks and on fake ranks."""
     n = ranks.n
     trace = Trace(ranks.run(step, *args))
     fake = fake_trace(step, *args, world_size=n, ranks=range(n))
     for rank in range(n):
-        want = Counter(expected(rank) if callable(expected) else expected)
-        assert made(trace, rank) == want
-        assert made(fake, rank) == Counter({call: k for call, k in want.items() if call[0] not in without})
+        assert made(trace, rank) == made(fake, rank) == Counter(expected)
 
 
 def net(width=30, bias=True):
@@ -203,7 +201,8 @@ def test_our_sharded_on_fake_ranks():
     fake = fake_trace(our_sharded_step, world_size=4, ranks=range(4))
     lines = [50 * 30 + 50, 30 * 50 + 30]  # elements; 4 does not divide the second
     for rank in range(4):
-        calls = [e for e in fake.collectives if e.rank == rank]
+        agreed = 2  # the ranks first compare what they hold
+        calls = [e for e in fake.collectives if e.rank == rank][agreed:]
         parts = [sum(line // 4 + (rank < line % 4) for _ in range(2)) for line in lines]
         gathered = sum(e.bytes for e in calls if e.name == "all_gather")
         assert gathered in (4 * sum(parts), 4 * sum(parts) - 4 * parts[1] // 2)  # the last one may still be there
