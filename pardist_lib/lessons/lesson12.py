@@ -116,6 +116,10 @@ class bandwidths:
              made(size=lambda op, payload, n: n * payload if op in ("all_gather", "all_to_all") else payload)),
             ("the size is multiplied by n for every operation: only an all_gather's payload is a shard",
              made(size=lambda op, payload, n: n * payload)),
+            ("what an all_gather gathers includes the rank's own shard: n of them, not n - 1",
+             made(size=lambda op, payload, n: (n - 1) * payload if op == "all_gather" else payload)),
+            ("a reduce_scatter leaves one piece of n, but the size that counts is all that was handed in",
+             made(size=lambda op, p, n: {"all_gather": n * p, "reduce_scatter": p / n}.get(op, p))),
             ("bus bandwidth equals algorithm bandwidth here: the operation's factor is missing", made(bus=1.0)),
             ("the factor of an all_reduce is twice that of the others: it is a reduce-scatter and an all-gather",
              made(factor=lambda op, n: 1.0 if op == "broadcast" else (n - 1) / n)),
@@ -132,6 +136,7 @@ class bandwidths:
             ("it is rounded to whole bytes: bandwidth is not a whole number", lambda op, p, n, s:
              (right(op, p, n, s)[0] // 1, right(op, p, n, s)[0] // 1 * factor_of(op, n))),
             ("this is in GB: bytes a second are asked for", made(unit=1e9)),
+            ("this is in MiB: bytes a second are asked for", made(unit=2**20)),
             ("these are bits: bytes are asked for", made(unit=1 / 8)),
             ("the two are in the wrong order: algorithm bandwidth first", lambda *args: right(*args)[::-1]),
             ("this is right for 4 ranks: is a 4 written into it?",
@@ -155,6 +160,17 @@ def _length(spans):
 
 def _sum(spans):
     return sum(end - start for start, end in spans)
+
+
+def _merged(spans):
+    """The same moments, as spans that do not overlap."""
+    found = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(found[-1][1], end)
+        else:
+            found.append((start, end))
+    return found
 
 
 def _hidden_by_pairs(compute, communication):
@@ -226,6 +242,10 @@ class exposed:
             ("this is in milliseconds: seconds are asked for", lambda a, b: 1e3 * right(a, b)),
             ("times are rounded to milliseconds: events take microseconds, too",
              lambda a, b: right(*([(round(s, 3), round(e, 3)) for s, e in spans] for spans in (a, b)))),
+            ("times are rounded to microseconds: take them as they are",
+             lambda a, b: right(*([(round(s, 6), round(e, 6)) for s, e in spans] for spans in (a, b)))),
+            ("compute that overlaps itself is taken off twice: it hides a message only once",
+             lambda a, b: _length(b) - _hidden_by_pairs(a, _merged(b))),
             ("this is a share of the whole: seconds are asked for",
              lambda a, b: right(a, b) / (_length(b) or 1.0)),
         ]  # fmt: skip

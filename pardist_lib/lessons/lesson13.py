@@ -47,6 +47,11 @@ class ring_pays_from:
              lambda n, a, b: right(n, a, b) / n),
             ("this is right for 4 ranks only: is a 4 written into it?", lambda n, a, b: right(4, a, b)),
             ("this is in MB: bytes are asked for", lambda n, a, b: right(n, a, b) / 1e6),
+            ("these are bits: β is bytes a second, and bytes are asked for", lambda n, a, b: right(n, a, b) * 8),
+            ("log2(n) is one too large: n.bit_length() - 1 is it",
+             lambda n, a, b: right(n, a, b, rounds=n.bit_length())),
+            ("on two ranks both send as many bytes, and the ring more messages: it pays nowhere, math.inf",
+             lambda n, a, b: a * b / 1e-12 if n == 2 else right(n, a, b)),
         ]  # fmt: skip
         numbers(run, inputs, [right(*args) for args in inputs], labels, mistakes)
 
@@ -171,6 +176,7 @@ CASES = (  # parameters, memory, stage
     (405_853_388_800, 80_000_000_000, 3),
     (70_553_706_496, 80_000_000_000, 2),
     (1_000, 1_600, 3),
+    (12_000_000, 48_004_800, 1),
 )
 
 
@@ -239,6 +245,8 @@ def _rounded_down(parameters, memory, stage):
 
 
 MISTAKES = [  # (diagnosis, what the mistake gives)
+    ("it returns None where many ranks are needed: is there a largest number that is tried?",
+     lambda *case: (n := _fewest(*case)) and (n if n <= 1024 else None)),
     ("at stage 0 nothing is shared: more ranks do not help, so it is 1 or None",
      lambda p, m, stage: _fewest(p, m, stage) if stage else -(-16 * p // m)),
     ("at stage 0 nothing is shared: more ranks do not help, so it is 1 or None",

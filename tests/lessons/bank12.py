@@ -82,6 +82,24 @@ def whole_division(op, payload, n, seconds):
     return a, a * factor(op, n)
 
 
+@mistake("bandwidths", "n of them, not n - 1")
+def without_its_own(op, payload, n, seconds):
+    a = ((n - 1) * payload if op == "all_gather" else payload) / seconds
+    return a, a * factor(op, n)
+
+
+@mistake("bandwidths", "all that was handed in")
+def one_piece_of_n(op, payload, n, seconds):
+    a = {"all_gather": n * payload, "reduce_scatter": payload / n}.get(op, payload) / seconds
+    return a, a * factor(op, n)
+
+
+@mistake("bandwidths", "in MiB")
+def in_mebibytes(op, payload, n, seconds):
+    a = whole(op, payload, n) / seconds / 2**20
+    return a, a * factor(op, n)
+
+
 @right("bandwidths")
 def with_branches(op, payload, n, seconds):
     if op == "all_gather":
@@ -170,6 +188,36 @@ def by_milliseconds(compute, communication):
         return {t for a, b in spans for t in range(round(1000 * a), round(1000 * b))}
 
     return len(ticks(communication) - ticks(compute)) / 1000
+
+
+@mistake("exposed", "rounded to microseconds")
+def by_microseconds(compute, communication):
+    compute, communication = ([(round(a, 6), round(b, 6)) for a, b in spans] for spans in (compute, communication))
+    return union(compute + communication) - union(compute)
+
+
+@mistake("exposed", "it hides a message only once")
+def compute_not_merged(compute, communication):
+    talk = []
+    for start, end in sorted(communication):
+        if talk and start <= talk[-1][1]:
+            talk[-1] = talk[-1][0], max(talk[-1][1], end)
+        else:
+            talk.append((start, end))
+    hidden = sum(max(0.0, min(b, d) - max(a, c)) for a, b in compute for c, d in talk)
+    return sum(end - start for start, end in talk) - hidden
+
+
+@right("exposed")
+def edge_by_edge(compute, communication):
+    edges = [(t, i, step) for i, spans in enumerate((compute, communication)) for s in spans
+             for t, step in zip(s, (1, -1), strict=True)]  # fmt: skip
+    open_, total, before = [0, 0], 0.0, 0.0
+    for t, i, step in sorted(edges):
+        total += t - before if open_[1] and not open_[0] else 0.0
+        open_[i] += step
+        before = t
+    return total
 
 
 @right("exposed")

@@ -63,6 +63,23 @@ def for_four(n, latency, bandwidth):
     return (6 - 2) * latency * bandwidth / (2 - 1.5)
 
 
+@mistake("ring_pays_from", "these are bits")
+def in_bits(n, latency, bandwidth):
+    return 8 * by_bisection(n, latency, bandwidth)
+
+
+@mistake("ring_pays_from", "n.bit_length() - 1 is it")
+def one_round_more(n, latency, bandwidth):
+    steps, rounds = 2 * (n - 1), n.bit_length()
+    return (steps - rounds) * latency * bandwidth / (rounds - steps / n)
+
+
+@mistake("ring_pays_from", "it pays nowhere, math.inf")
+def nearly_nothing_saved(n, latency, bandwidth):
+    steps, rounds = 2 * (n - 1), math.log2(n)
+    return (steps - rounds) * latency * bandwidth / max(rounds - steps / n, 1e-12)
+
+
 @right("ring_pays_from")
 def by_bisection(n, latency, bandwidth):
     def ahead(size):
@@ -317,12 +334,19 @@ def never_none(parameters, memory, stage):
     return -(-shared // room) if room > 0 else 10**9
 
 
+@mistake("fewest_ranks", "is there a largest number that is tried?")
+def up_to_a_thousand(parameters, memory, stage):
+    shared = SHARED[stage]
+    fits = (n for n in range(1, 1025) if (16 - shared) * parameters * n + shared * parameters <= memory * n)
+    return next(fits, None)
+
+
 @right("fewest_ranks")
 def of_whole_parameters(parameters, memory, stage):
     def held(n):
         return (16 - SHARED[stage]) * parameters + SHARED[stage] * -(-parameters // n)
 
-    return next((n for n in range(1, 10_000) if held(n) <= memory), None)
+    return next((n for n in range(1, 100_000) if held(n) <= memory), None)
 
 
 @right("fewest_ranks")
