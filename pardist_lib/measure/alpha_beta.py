@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
+SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 19, 1 << 22, 1 << 24)  # the last outweighs milliseconds of latency
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,14 @@ class Fit:
 
     def __str__(self):
         (a, b), (c, d) = self.latency_interval, self.bandwidth_interval
-        return (
-            f"{self.operation} on {self.ranks} ranks: {self.latency * 1e3:.2f} ms ({a * 1e3:.2f} to {b * 1e3:.2f}) "
-            f"and {self.bandwidth / 1e9:.2f} GB/s ({c / 1e9:.2f} to {d / 1e9:.2f})"
-        )
+        between = f"{c / 1e9:.2f} or more" if d == inf else f"{c / 1e9:.2f} to {d / 1e9:.2f}"
+        rate = f"{self.bandwidth / 1e9:.2f} GB/s ({between})"
+        if self.bandwidth == inf:
+            rate = "a bandwidth that does not show: even the largest size took no longer than the latency" + (
+                "" if c == inf else f" (it is {between} GB/s)"
+            )
+        latency = f"{self.latency * 1e3:.2f} ms ({a * 1e3:.2f} to {b * 1e3:.2f})"
+        return f"{self.operation} on {self.ranks} ranks: {latency} and {rate}"
 
 
 def alpha_beta(ranks, operation="all_reduce", *, n=None, sizes=SIZES, repeats=9):
@@ -120,7 +124,9 @@ def sweep(operation, sizes, repeats, n, calls=4):
     `calls` calls in a row, of a quarter as many above 1 MB."""
     group = group_of(n)
     call = operation if callable(operation) else OPERATIONS[operation]
-    tensors = [torch.ones(max(size // 4, n) // n * n) for size in sizes]  # float32, divisible by the ranks
+    counts = [max(size // 4, n) // n * n for size in sizes]  # float32, divisible by the ranks
+    whole = torch.ones(max(counts))
+    tensors = [whole[:count] for count in counts]
     times = [[] for _ in sizes]
     for turn in range(-1, repeats):
         for tensor, kept in zip(tensors, times, strict=True):
@@ -207,19 +213,28 @@ def all_reduce_seconds(algorithm, n, size, latency, bandwidth, per_byte_added=0.
         naive                2(n − 1)·(α + S/β) + (n − 1)·S·γ
 
     For recursive doubling and Rabenseifner's halving and doubling n counts as the power of two below it, and where it
-    is none two messages of S and one addition come on top. Raises ValueError for another algorithm, n < 1, S < 0.
+    is none two messages of S and one addition come on top. Raises ValueError for another algorithm, n < 1, S < 0, and
+    for a latency or a γ below 0 or a bandwidth not above it.
     """
-    if n < 1 or np.min(size) < 0:
-        raise ValueError(f"an all-reduce has 1 or more ranks and 0 or more bytes, not {n!r} and {size!r}")
-    constant, slope = _coefficients(algorithm, n, latency, 1 / bandwidth, per_byte_added)
+    if np.min(size) < 0:
+        raise ValueError(f"an all-reduce has 0 or more bytes, not {size!r}")
+    constant, slope = _coefficients(algorithm, n, latency, bandwidth, per_byte_added)
     return constant + slope * np.asarray(size)
 
 
 ALGORITHMS = ("ring", "tree", "recursive doubling", "Rabenseifner", "naive")
 
 
-def _coefficients(algorithm, n, a, b, g):
+def _coefficients(algorithm, n, a, bandwidth, g):
     """(seconds, seconds a byte)"""
+    if not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f"an all-reduce has 1 or more ranks, a whole number of them, not {n!r}")
+    if not (a >= 0 and bandwidth > 0 and g >= 0):
+        raise ValueError(
+            f"latency and the seconds to add a byte are 0 or more, a bandwidth is above 0 bytes a second, not {a!r}, "
+            f"{g!r}, {bandwidth!r}"
+        )
+    n, b = int(n), 1 / bandwidth
     up, down = int(n - 1).bit_length(), n.bit_length() - 1
     even = 1 << down  # the power of two that is not above n
     extra = (2 * a, 2 * b + g) if even < n else (0, 0)
@@ -240,7 +255,7 @@ def crossover(short, long, n, latency, bandwidth, per_byte_added=0.0):
 
     Both are lines over the size, so there is one such size: (A_long − A_short)/(B_short − B_long).
     """
-    (a1, b1), (a2, b2) = (_coefficients(name, n, latency, 1 / bandwidth, per_byte_added) for name in (short, long))
+    (a1, b1), (a2, b2) = (_coefficients(name, n, latency, bandwidth, per_byte_added) for name in (short, long))
     if b1 <= b2:
         return 0.0 if a2 < a1 else inf
     return max(0.0, (a2 - a1) / (b1 - b2))

@@ -60,6 +60,15 @@ def test_the_interval_narrows_with_more_repetitions():
     assert narrow < wide
 
 
+def test_a_bandwidth_that_does_not_show_is_said_in_words():
+    """Ten times as many bytes, no longer: the latency hides it. And where one repetition of many shows it."""
+    flat = fit([1 << 10, 1 << 14], [[4e-3] * 5, [4e-3] * 5], "exchange", 4)
+    assert flat.bandwidth == inf and "inf" not in str(flat)
+    assert "a bandwidth that does not show: even the largest size took no longer" in str(flat)
+    once = fit([1 << 10, 1 << 24], [[4e-3] * 5, [4e-3, 4e-3, 9e-3, 9e-3, 9e-3]], "exchange", 4)
+    assert once.bandwidth_interval[1] == inf and str(once).endswith("and 3.36 GB/s (3.36 or more)")
+
+
 def test_formulas_of_the_papers():
     """Thakur et al. (2005), section 4; Patarasuk, Yuan (2009), theorem 1."""
     a, b, g, s = 3e-5, 2e9, 1e-10, 1e6
@@ -167,6 +176,10 @@ def doubling(tensor, group):
         (lambda ranks: fit([1, 2], [[1], [0]]), "times above 0"),
         (lambda ranks: all_reduce_seconds("star", 4, 1, 1, 1), "there is no algorithm 'star': ring"),
         (lambda ranks: all_reduce_seconds("ring", 0, 1, 1, 1), "1 or more ranks"),
+        (lambda ranks: all_reduce_seconds("ring", 4.5, 1, 1, 1), "a whole number of them, not 4.5"),
+        (lambda ranks: all_reduce_seconds("ring", 4, -1, 1, 1), "0 or more bytes, not -1"),
+        (lambda ranks: all_reduce_seconds("ring", 4, 1, 1, -1), "a bandwidth is above 0 bytes a second"),
+        (lambda ranks: crossover("tree", "ring", 4, -1e-5, 1e9), "latency and the seconds to add a byte are 0 or more"),
     ],
 )
 def test_what_cannot_be_is_refused(ranks_of, wrong, told):
