@@ -52,10 +52,17 @@ def readings(ranks, operations=None, rounds=1):
     wanted += [("exchange", 2)] if n % 2 == 0 else []
     calls = [(operations.get(name, name), d) for name, d in wanted]
     counts = sorted({1, 2, n // 2, n} & {*range(1, n + 1)})
-    return [
-        {"n": n, "wanted": wanted, "counts": counts, "of ranks": ranks.run(_measure, calls, counts, quiet=True)}
-        for _ in range(rounds)
-    ]
+
+    def all_of(function, cases):
+        """A run for each case, at whose end ranks give memory back; what each rank said of all of them."""
+        return list(zip(*(ranks.run(function, *case, quiet=True) for case in cases), strict=True))
+
+    taken = []
+    for _ in range(rounds):
+        steps, moved, work = all_of(_train, MODELS), all_of(_move, calls), all_of(_work, [(k,) for k in counts])
+        mine = [{"steps": s, "calls": c, "work": w} for s, c, w in zip(steps, moved, work, strict=True)]
+        taken.append({"n": n, "wanted": wanted, "counts": counts, "of ranks": mine})
+    return taken
 
 
 def describe(taken, memory=1e9):
@@ -119,17 +126,17 @@ def nonnegative(features, seconds):
 # ---- on a rank ------------------------------------------------------------------------------------------------
 
 
-def _measure(calls, counts):
-    """On a rank: seconds of every model's step, of every operation, of a piece of work while fewer are at work."""
-    steps = []
-    for model, micro in MODELS:  # one after the other: ranks share the machine's memory too
-        step = _step(model, micro)
-        step()
-        dist.barrier()
-        steps.append(step())
-        del step
-    moved = [[t[0] for t in sweep(operation, SIZES, 1, d, calls=4)] for operation, d in calls]
-    return {"steps": steps, "calls": moved, "work": [_work(count) for count in counts]}
+def _train(model, micro):
+    """On a rank: seconds of a model's step, after one that warms up."""
+    step = _step(model, micro)
+    step()
+    dist.barrier()
+    return step()
+
+
+def _move(operation, n):
+    """On a rank: seconds of an operation on n ranks, for each of SIZES."""
+    return [t[0] for t in sweep(operation, SIZES, 1, n, calls=4)]
 
 
 def _work(count, size=256, times=24):

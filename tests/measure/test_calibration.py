@@ -21,6 +21,19 @@ def made_up(flops, touch, layer, update, update_layer, alpha, beta):
     return [{"n": 4, "wanted": wanted, "counts": [1, 2, 4], "of ranks": [rank] * 4}] * 3
 
 
+def test_a_reading_is_many_runs(ranks_of, monkeypatch):
+    """One for each model, operation and number at work: ranks give memory back only when a run ends."""
+    ranks, ran = ranks_of(2), []
+    run = ranks.run
+    monkeypatch.setattr(ranks, "run", lambda f, *args, **kwargs: ran.append(f) or run(f, *args, **kwargs))
+    [one] = readings(ranks)
+    operations = 4  # on two ranks: the three halves and wholes, and an exchange
+    assert len(ran) == len(MODELS) + operations + 2
+    for mine in one["of ranks"]:
+        assert [len(mine[kind]) for kind in ("steps", "calls", "work")] == [len(MODELS), operations, 2]
+        assert all(len(each) == len(SIZES) for each in mine["calls"])
+
+
 def test_readings_give_back_what_they_were_made_from():
     machine, seen = describe(made_up(2e10, 5e9, 1e-3, 4e9, 2e-4, 1e-4, 1e9))
     assert machine.flops == pytest.approx(2e10) and machine.touch == pytest.approx(5e9)
