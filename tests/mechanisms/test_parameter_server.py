@@ -327,6 +327,7 @@ def test_mixed_dtypes(ranks_of):
 
 DYING = """
 import datetime, json, os, signal, sys, torch, torch.distributed as dist
+import torch.distributed.nn  # lets a group end before Python does
 from pardist_lib.mechanisms.parameter_server import ParameterServer
 rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", store=dist.FileStore(store, 3), rank=rank, world_size=3)
@@ -343,6 +344,7 @@ else:
             p.grad = torch.ones_like(p)
         ps.step()
     ps.leave()
+dist.destroy_process_group()
 """
 
 
