@@ -27,7 +27,7 @@ def test_a_reading_is_many_runs(ranks_of, monkeypatch):
     run = ranks.run
     monkeypatch.setattr(ranks, "run", lambda f, *args, **kwargs: ran.append(f) or run(f, *args, **kwargs))
     [one] = readings(ranks)
-    operations = 4  # on two ranks: the three halves and wholes, and an exchange
+    operations = 4  # on two ranks: an all-reduce, its two halves, an exchange
     assert len(ran) == len(MODELS) + operations + 2
     for mine in one["of ranks"]:
         assert [len(mine[kind]) for kind in ("steps", "calls", "work")] == [len(MODELS), operations, 2]
