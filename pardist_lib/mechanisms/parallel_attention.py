@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .parallel_linear import ColumnParallelLinear, RowParallelLinear
 from .point_to_point import place
 from .sequence_parallel import random_per_rank
-from .splitting import parameter, place_of, said
+from .splitting import check_plain, parameter, place_of, said
 
 
 def attend(qkv, heads, kv_heads, *, causal=False, mask=None, dropout=0.0):
@@ -30,7 +30,7 @@ def attend(qkv, heads, kv_heads, *, causal=False, mask=None, dropout=0.0):
     """
     batch, s, width = qkv.shape
     d = width // (heads + 2 * kv_heads)
-    q, k, v = (part.view(batch, s, -1, d).transpose(1, 2)  # (batch, heads, s, d)
+    q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2)  # (batch, heads, s, d)
                for part in qkv.split([heads * d, kv_heads * d, kv_heads * d], -1))  # fmt: skip
     if kv_heads != heads:
         k, v = (part.repeat_interleave(heads // kv_heads, 1) for part in (k, v))
@@ -49,7 +49,7 @@ class Attention(nn.Module):
                  dtype=None):  # fmt: skip
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if embed_dim % num_heads or num_heads % num_kv_heads:
+        if min(num_heads, num_kv_heads) < 1 or embed_dim % num_heads or num_heads % num_kv_heads:
             raise ValueError(
                 f"embed_dim {embed_dim} has to be a multiple of num_heads {num_heads}, and that of num_kv_heads "
                 f"{num_kv_heads}"
@@ -93,10 +93,7 @@ class ParallelAttention(nn.Module):
         any other module, and for heads or options that do not split.
         """
         place_of(group, cls.__name__)
-        if hasattr(module, "to_module"):
-            raise ValueError(f"{said(module)} is split already: its to_module() gives the whole one back")
-        if not isinstance(module, (Attention, nn.MultiheadAttention)):
-            raise ValueError(f"{cls.__name__} splits Attention and nn.MultiheadAttention, not {said(module)}")
+        check_plain(module, [Attention, nn.MultiheadAttention], cls.__name__)
         kind = cls if isinstance(module, Attention) else ParallelMultiheadAttention
         split = kind.__new__(kind)
         nn.Module.__init__(split)
@@ -182,6 +179,8 @@ class ParallelMultiheadAttention(ParallelAttention):
                 average_attn_weights=True, is_causal=False):  # fmt: skip
         if any(other is not None and other is not query for other in (key, value)):
             raise ValueError(f"{said(self)} does self-attention: query, key and value must be the same tensor")
+        if is_causal and attn_mask is None:
+            raise ValueError(f"{said(self)}: is_causal=True only says what attn_mask is: give the mask, too")
         x = query.unsqueeze(0) if query.dim() == 2 else query if self.batch_first else query.transpose(0, 1)
         y = self._attend(x, False, self._mask(attn_mask, key_padding_mask, x))
         return (y.squeeze(0) if query.dim() == 2 else y if self.batch_first else y.transpose(0, 1)), None
@@ -192,7 +191,7 @@ class ParallelMultiheadAttention(ParallelAttention):
         if mask is not None:
             if mask.dim() == 3:  # (batch · all heads, s, s): those of this rank
                 first = place(self.group)[0] * self.heads
-                mask = mask.view(-1, self.num_heads, *mask.shape[1:])[:, first : first + self.heads]
+                mask = mask.unflatten(0, (-1, self.num_heads))[:, first : first + self.heads]
             masks.append(mask)
         if padding is not None:  # (batch, s)
             masks.append(padding.view(-1, 1, 1, padding.size(-1)))

@@ -5,13 +5,12 @@ is: out then in, with something elementwise between, needs one all-reduce forwar
 cuts the images: where these are large and the filters few, only the halo travels.
 """
 
-import torch
-import torch.distributed as dist
 from torch import nn
 
 from .autograd_collectives import gathered, scatter_to_group
-from .point_to_point import place, split_sizes
+from .point_to_point import split_sizes
 from .split_conv import conv2d_by_height, conv2d_by_input_channels, conv2d_by_output_channels
+from .splitting import check_plain, first_ranks_copy, first_ranks_part, parameter, place_of
 
 CUT = {"out": 0, "in": 1, "height": None}  # the dimension of weight that is cut
 
@@ -29,8 +28,7 @@ class ParallelConv2d(nn.Module):
     input_is_parallel=False: with "in", x is whole on every rank and cut here; backward sends (n − 1)/n·S.
     Channels are cut as torch.tensor_split cuts. `forward(x, heights)`: every rank's rows of x, where they differ.
 
-    Made directly, all ranks should have the same seed: each keeps its part of the weights that torch's Conv2d gets
-    from it. What every rank has whole (the bias with "in", all with "height") is taken from the group's first rank.
+    Weights start as those of the group's first rank's nn.Conv2d would.
     Raises ValueError for an unknown split, more ranks than channels, groups or a padding_mode of other than zeros.
     """
 
@@ -43,27 +41,19 @@ class ParallelConv2d(nn.Module):
             in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias, device=device, dtype=dtype
         )
         self._take(conv, split, group, gather_output, input_is_parallel)
-        whole = [self.weight] if split == "height" else []
-        whole += [self.bias] if bias and split != "out" else []
-        for parameter in whole if place(group)[1] > 1 else []:
-            dist.broadcast(parameter.data, group=group, group_src=0)
 
     @classmethod
     def from_module(cls, conv, group=None, split="out", *, gather_output=False, input_is_parallel=True):
-        """This rank's part of a torch.nn.Conv2d that has the same weights on every rank. Sends nothing.
-
-        Raises TypeError for another module, ValueError for what cannot be split so.
-        """
-        if not isinstance(conv, nn.Conv2d):
-            again = ": it is split already, to_module() makes an ordinary one of it" if isinstance(conv, cls) else ""
-            raise TypeError(f"ParallelConv2d.from_module takes a torch.nn.Conv2d, not a {type(conv).__name__}{again}")
+        """This rank's part of the group's first rank's nn.Conv2d, exactly. Raises ValueError for any other module,
+        and for what cannot be split so."""
+        check_plain(conv, [nn.Conv2d], cls.__name__)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._take(conv, split, group, gather_output, input_is_parallel)
         return layer
 
     def _take(self, conv, split, group, gather_output, input_is_parallel):
-        rank, n = place(group)
+        n = place_of(group, type(self).__name__)[1]
         if split not in CUT:
             raise ValueError(f"ParallelConv2d: split is one of {', '.join(map(repr, CUT))}, not {split!r}")
         if conv.groups != 1 or conv.padding_mode != "zeros":
@@ -83,8 +73,12 @@ class ParallelConv2d(nn.Module):
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         self.sizes = None if self.cut is None else split_sizes(channels, n)  # every rank's channels
-        self.weight = _part(conv.weight, self.cut, rank, n)
-        self.register_parameter("bias", conv.bias if conv.bias is None else _part(conv.bias, self._bias_cut, rank, n))
+        for name, cut in (("weight", self.cut), ("bias", self._bias_cut)):
+            whole = part = getattr(conv, name)
+            if whole is not None:
+                mine = first_ranks_copy(whole, group) if cut is None else first_ranks_part(whole, cut, group)
+                part = parameter(mine, whole)
+            self.register_parameter(name, part)
         self.train(conv.training)
 
     @property
@@ -111,15 +105,13 @@ class ParallelConv2d(nn.Module):
         """
         how = self.stride, self.padding, self.dilation
         conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, *how, bias=self.bias is not None,
-            device=self.weight.device, dtype=self.weight.dtype,
+            self.in_channels, self.out_channels, self.kernel_size, *how, bias=self.bias is not None, device="meta",
         )  # fmt: skip
-        for name, cut in (("weight", self.cut), ("bias", self._bias_cut)):
-            part, whole = getattr(self, name), getattr(conv, name)
-            if part is not None:
-                value = part.detach() if cut is None else gathered(part.detach(), cut, self.sizes, self.group)
-                whole.data.copy_(value)
-                whole.requires_grad_(part.requires_grad)
+        for name, part in self.named_parameters():
+            cut = self.cut if name == "weight" else self._bias_cut
+            mine = part.detach()
+            whole = mine.clone() if cut is None else gathered(mine, cut, self.sizes, self.group)
+            setattr(conv, name, parameter(whole, part))
         return conv.train(self.training)
 
     def extra_repr(self):
@@ -127,10 +119,3 @@ class ParallelConv2d(nn.Module):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"split={self.split!r}, weight here {tuple(self.weight.shape)}"
         )
-
-
-def _part(parameter, dim, rank, n):
-    """This rank's part of a parameter along `dim`, all of it where that is None; a parameter of its own."""
-    value = parameter.detach()
-    value = value if dim is None else value.tensor_split(n, dim)[rank]
-    return nn.Parameter(value.clone(memory_format=torch.contiguous_format), parameter.requires_grad)

@@ -11,13 +11,17 @@ Source: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language 
 (2019), section 3; sequence parallelism: Korthikanti et al. (2022), section 4.2.2.
 """
 
+from collections import OrderedDict
+
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from .autograd_collectives import gather_from_group, gathered, scatter_to_group
 from .overlapped_linear import column_linear, row_linear
 from .point_to_point import split_sizes
-from .splitting import first_ranks_copy, first_ranks_part, parameter, place_of, said
+from .sequence_parallel import OnPart
+from .splitting import check_plain, first_ranks_copy, first_ranks_part, parameter, place_of, said
 
 # Between a column- and a row-parallel layer a rank sees only its own features: what is done there has to be done
 # element by element. No softmax, no LayerNorm, nothing with a parameter that all ranks share.
@@ -152,7 +156,8 @@ class ParallelMLP(nn.Sequential):
     """Column-parallel, activation, row-parallel: in → hidden → out with hidden/n features on each rank.
 
     Named as nn.Sequential(nn.Linear, activation, nn.Linear) names its parts: "0", "1", "2".
-    activation: a module that works element by element (default nn.GELU()); out_features: in_features by default.
+    activation: a module that works element by element (default nn.GELU()); where from_module finds an nn.Dropout, each
+    rank drops features of its own (OnPart in sequence_parallel.py). out_features: in_features by default.
     Sends forward one all-reduce of the output, backward one of the input; with sequence_parallel an all-gather and a
     reduce-scatter each way, as many bytes.
 
@@ -163,7 +168,7 @@ class ParallelMLP(nn.Sequential):
         self, in_features, hidden_features, out_features=None, bias=True, *, activation=None, group=None, **options
     ):
         activation = nn.GELU() if activation is None else activation
-        _check_elementwise(activation)
+        activation = _elementwise(activation, group)
         first, last = _sides(options)
         super().__init__(
             ColumnParallelLinear(in_features, hidden_features, bias, group=group, **first),
@@ -182,21 +187,23 @@ class ParallelMLP(nn.Sequential):
     def from_module(cls, module, group=None, **options):
         """Split an nn.Sequential(nn.Linear, element by element …, nn.Linear) of the group's first rank, exactly."""
         place_of(group, "ParallelMLP")
-        parts = list(module) if type(module) is nn.Sequential else []
-        if len(parts) < 2 or not (type(parts[0]) is type(parts[-1]) is nn.Linear):
+        parts = dict(module._modules) if type(module) is nn.Sequential else {}
+        names, kinds = list(parts), [type(part) for part in parts.values()]
+        if len(parts) < 2 or not (kinds[0] is kinds[-1] is nn.Linear):
             raise ValueError(f"ParallelMLP splits nn.Sequential(nn.Linear, activation, nn.Linear), not {said(module)}")
-        for part in parts[1:-1]:
-            _check_elementwise(part)
         first, last = _sides(options)
+        parts[names[0]] = ColumnParallelLinear.from_module(parts[names[0]], group, **first)
+        for name in names[1:-1]:
+            parts[name] = _elementwise(parts[name], group)
+        parts[names[-1]] = RowParallelLinear.from_module(parts[names[-1]], group, **last)
         mlp = cls.__new__(cls)
-        column = ColumnParallelLinear.from_module(parts[0], group, **first)
-        row = RowParallelLinear.from_module(parts[-1], group, **last)
-        nn.Sequential.__init__(mlp, column, *parts[1:-1], row)
-        return mlp
+        nn.Sequential.__init__(mlp, OrderedDict(parts))  # under the names that its state dict has
+        return mlp.train(module.training)
 
     def to_module(self):
         """The whole nn.Sequential, exactly, on every rank."""
-        return nn.Sequential(*[part.to_module() if hasattr(part, "to_module") else part for part in self])
+        parts = {name: p.to_module() if hasattr(p, "to_module") else p for name, p in self._modules.items()}
+        return nn.Sequential(OrderedDict(parts)).train(self.training)
 
 
 def _sides(options):
@@ -204,12 +211,16 @@ def _sides(options):
     return options, {name: value for name, value in options.items() if name != "keep_gathered"}
 
 
-def _check_elementwise(module):
+def _elementwise(module, group):
+    """The module, ready to stand between two split layers. Raises ValueError where it cannot."""
+    if isinstance(module, nn.Dropout):
+        return OnPart(module, group)
     if not isinstance(module, ELEMENTWISE):
         raise ValueError(
             f"between two split layers a rank sees only its own features, so {said(module)} cannot stand there: it has "
-            f"to work element by element ({', '.join(kind.__name__ for kind in ELEMENTWISE)})"
+            f"to work element by element ({', '.join(kind.__name__ for kind in ELEMENTWISE)}, Dropout)"
         )
+    return module
 
 
 # ---- parts of a module ----------------------------------------------------------------------------------------
@@ -217,10 +228,7 @@ def _check_elementwise(module):
 
 def _from_linear(cls, module, group, options):
     place_of(group, cls.__name__)
-    if hasattr(module, "to_module"):
-        raise ValueError(f"{said(module)} is split already: its to_module() gives the whole one back")
-    if not isinstance(module, nn.Linear):
-        raise ValueError(f"{cls.__name__} splits nn.Linear, not {said(module)}")
+    check_plain(module, [nn.Linear], cls.__name__)
     sizes = module.in_features, module.out_features, module.bias is not None
     layer = cls(*sizes, group=group, device="meta", **options)
     layer._split(module)
@@ -242,9 +250,12 @@ def _to_linear(layer):
 
 
 def check_input(layer, x, width):
-    """Raises ValueError where x is not floating point, or its last dimension is not `width`."""
+    """Raises ValueError where x is not floating point, has another dtype than the weights, or not `width` features."""
     if not x.is_floating_point():
         raise ValueError(f"{said(layer)} needs floating point, not {x.dtype} of shape {list(x.shape)}: x.float()?")
+    if x.dtype != layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        ours = layer.weight.dtype
+        raise ValueError(f"{said(layer)}: the input is {x.dtype}, the weights are {ours}: x.to({ours}) fits")
     if x.dim() == 0 or x.size(-1) != width:
         why = ""
         if width != layer.in_features and x.dim() and x.size(-1) == layer.in_features:

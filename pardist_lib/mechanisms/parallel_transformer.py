@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from .parallel_attention import Attention, ParallelAttention
 from .parallel_linear import ParallelMLP
 from .sequence_parallel import norm_of, parallel_norm, random_per_rank
-from .splitting import first_ranks_copy, place_of, said
+from .splitting import check_plain, first_ranks_copy, place_of
 
 
 class TransformerBlock(nn.Module):
@@ -71,10 +71,7 @@ class ParallelTransformerBlock(nn.Module):
     @classmethod
     def from_module(cls, module, group=None, **options):
         """Split the group's first rank's `TransformerBlock`, exactly. Raises ValueError for any other module."""
-        if hasattr(module, "to_module"):
-            raise ValueError(f"{said(module)} is split already: its to_module() gives the whole one back")
-        if not isinstance(module, TransformerBlock):
-            raise ValueError(f"{cls.__name__} splits TransformerBlock, not {said(module)}")
+        check_plain(module, [TransformerBlock], cls.__name__)
         block = cls.__new__(cls)
         nn.Module.__init__(block)
         block._split(module, group, options)

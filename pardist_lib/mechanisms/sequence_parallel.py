@@ -22,10 +22,12 @@ n: ranks of the group. Activations are cut along the sequence as torch.tensor_sp
 Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), section 4.2.
 """
 
-from contextlib import contextmanager
+import copy
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from .autograd_collectives import copy_to_group
@@ -154,11 +156,29 @@ def random_per_rank(group=None):
         yield
 
 
-def dropout(x, p, training, different, group=None):
-    """F.dropout; different: whether x is this rank's part, to be dropped independently of the others'."""
-    if not training or p == 0:
-        return x
-    if not different:
-        return F.dropout(x, p)
-    with random_per_rank(group):
-        return F.dropout(x, p)
+class OnPart(nn.Module):
+    """Any module that every rank has whole and uses on a part of its own: of the heads, the features, the positions.
+
+    For what stands between split layers, such as the norm of each head's queries, or a dropout; and for a norm that
+    SequenceParallelLayerNorm does not know. Each rank draws its own random numbers in it, and backward adds up over the
+    ranks what they find of its parameters' gradients, in one all-reduce. Values are those of the group's first rank.
+    """
+
+    def __init__(self, module, group=None):
+        super().__init__()
+        place_of(group, type(self).__name__)
+        self.module, self.group = copy.deepcopy(module), group
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            tensor.data = first_ranks_copy(tensor, group)
+        self.draws = any(isinstance(part, nn.modules.dropout._DropoutNd) for part in module.modules())
+        self.train(module.training)
+
+    def to_module(self):
+        """The module as it was, with these values."""
+        return copy.deepcopy(self.module)
+
+    def forward(self, *args, **kwargs):
+        names, parameters = [*dict(self.module.named_parameters())], self.module.parameters()
+        weights = dict(zip(names, replicated(*parameters, group=self.group), strict=True))
+        with random_per_rank(self.group) if self.draws and self.training else nullcontext():
+            return functional_call(self.module, weights, args, kwargs)

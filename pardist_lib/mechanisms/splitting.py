@@ -3,8 +3,10 @@
 All ranks come with a module of the same shape; the values are those of the group's first rank, so seeds may differ.
 """
 
+import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .point_to_point import place, split_sizes
 from .rooted_collectives import scatter_along, star
@@ -24,9 +26,9 @@ def first_ranks_part(whole, dim, group=None):
 
 def first_ranks_copy(whole, group=None):
     """The tensor of the group's first rank, as a new one."""
-    copy = whole.detach().clone()
+    copy = whole.detach().clone(memory_format=torch.contiguous_format)
     if not whole.is_meta and place(group)[1] > 1:
-        dist.broadcast(copy, group_src=0, group=group)
+        dist.broadcast(copy.view(-1).view(torch.uint8), group_src=0, group=group)  # gloo does not know every dtype
     return copy
 
 
@@ -43,6 +45,25 @@ def place_of(group, who):
         return place(group)
     except ValueError as error:
         raise ValueError(f"{who}: {error}") from None
+
+
+def check_plain(module, kinds, who):
+    """Raises ValueError, naming `who`, unless module is of one of torch's `kinds` and does just what these do: what
+    takes its place would know nothing of a forward of its own, of hooks or of parametrizations."""
+    if hasattr(module, "to_module"):
+        raise ValueError(f"{said(module)} is split already: its to_module() gives the whole one back")
+    kind = next((kind for kind in kinds if isinstance(module, kind)), None)
+    if kind is None:
+        names = " and ".join(f"{'nn.' * (k.__module__.startswith('torch.nn'))}{k.__name__}" for k in kinds)
+        raise ValueError(f"{who} splits {names}, not {said(module)}")
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    for lost, what in [
+        (type(module).forward is not kind.forward or "forward" in vars(module), "a forward of its own"),
+        (is_parametrized(module), "a parametrization"),
+        (any(hooks), "hooks (a lazy module has them until it was called once)"),
+    ]:
+        if lost:
+            raise ValueError(f"{said(module)} has {what}, which would be lost: {who} splits a plain {kind.__name__}")
 
 
 def said(module):

@@ -6,8 +6,8 @@ without a change to its code; `full_state_dict` puts the parts together again.
 Source: Shoeybi et al., "Megatron-LM" (2019); the plan is written as torch.distributed.tensor.parallel's is.
 """
 
-import copy
 from collections import defaultdict
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -18,6 +18,7 @@ from .parallel_attention import ParallelAttention
 from .parallel_conv import ParallelConv2d
 from .parallel_linear import ColumnParallelLinear, ParallelMLP, RowParallelLinear
 from .parallel_transformer import ParallelTransformerBlock
+from .sequence_parallel import OnPart
 from .splitting import first_ranks_copy, place_of, said
 from .vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
 
@@ -26,16 +27,6 @@ __all__ = [
     "ParallelAttention", "ParallelTransformerBlock", "VocabParallelEmbedding", "vocab_parallel_cross_entropy",
     "STYLES", "parallelize", "full_state_dict", "full_gradients",
 ]  # fmt: skip
-
-
-def _conv(split):
-    def style(module, group):
-        whole = copy.deepcopy(module)
-        for p in whole.parameters():
-            p.data = first_ranks_copy(p, group)  # from_module takes it as equal on all ranks
-        return ParallelConv2d.from_module(whole, group, split)
-
-    return style
 
 
 STYLES = {  # name in a plan: (module, group) → split module
@@ -47,8 +38,10 @@ STYLES = {  # name in a plan: (module, group) → split module
     "attention": ParallelAttention.from_module,
     "block": ParallelTransformerBlock.from_module,
     "vocabulary": VocabParallelEmbedding.from_module,
-    "convolution, output channels": _conv("out"),
-    "convolution, input channels": _conv("in"),
+    "convolution, output channels": partial(ParallelConv2d.from_module, split="out"),
+    "convolution, output channels, gathered": partial(ParallelConv2d.from_module, split="out", gather_output=True),
+    "convolution, input channels": partial(ParallelConv2d.from_module, split="in"),
+    "on a part": OnPart,
 }
 
 
@@ -59,6 +52,13 @@ def parallelize(model, plan, group=None):
     that is called with (module, group) and returns what stands in its place. All values are those of the group's
     first rank: split ones are dealt out, what is not in the plan is broadcast. A parameter that two modules share
     stays shared. Sends at most the model's bytes from that rank, once.
+
+    The model's own code runs unchanged, on fewer features between a "column" and a "row". So
+    - a layer whose outputs are several things one after another, such as GPT-2's c_attn with q, k and v, would be cut
+      across them: make it "column, gathered" and what comes after it "row, scattered"
+    - heads should be counted by their width, x.view(b, s, -1, width_of_a_head): a rank has num_heads / n of them
+    - what has parameters of its own, or drops, between the two, goes "on a part": each rank sees only a part there
+    - dropout elsewhere draws from torch's global stream, which ranks must have seeded alike.
 
     Raises ValueError, before anything is changed, for a style or name that does not exist, for a module that two
     patterns give to different styles, that is inside another one of the plan, or that is split already, for one that
@@ -141,8 +141,10 @@ def _chosen(model, plan):
     """{module name: style as a function}, in the model's order."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     chosen, by = {}, {}
+    if not isinstance(plan, Mapping) or not all(isinstance(pattern, str) for pattern in plan):
+        raise ValueError(f"a plan is a dict {{name of a module: style}}, not {plan!r}")
     for pattern, style in plan.items():
-        if not callable(style) and style not in STYLES:
+        if not callable(style) and style not in list(STYLES):
             raise ValueError(f"{pattern}: {style!r} is not one of the styles {', '.join(map(repr, STYLES))}")
         found = [name for name in names if fnmatchcase(name, pattern)]
         if not found:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .autograd_collectives import gathered, reduce_from_group, reduce_scatter_to_group
 from .point_to_point import place, split_sizes
-from .splitting import first_ranks_part, parameter, place_of, said
+from .splitting import check_plain, first_ranks_part, parameter, place_of
 
 
 def vocabulary_range(vocabulary, group=None):
@@ -51,10 +51,7 @@ class VocabParallelEmbedding(nn.Module):
         Raises ValueError for any other module and for options that do not split: max_norm, scale_grad_by_freq, sparse.
         """
         place_of(group, cls.__name__)
-        if hasattr(module, "to_module"):
-            raise ValueError(f"{said(module)} is split already: its to_module() gives the whole one back")
-        if not isinstance(module, nn.Embedding):
-            raise ValueError(f"{cls.__name__} splits nn.Embedding, not {said(module)}")
+        check_plain(module, [nn.Embedding], cls.__name__)
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if value := getattr(module, option):
                 raise ValueError(f"an nn.Embedding with {option}={value} does not split: build it without {option}")
@@ -90,7 +87,8 @@ class VocabParallelEmbedding(nn.Module):
         Raises TypeError for tokens that are no whole numbers, IndexError for one outside the vocabulary.
         """
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise TypeError(f"tokens are whole numbers (int64 or int32), not {tokens.dtype}")
+            raise TypeError(f"tokens are whole numbers, not {tokens.dtype}")
+        tokens = tokens.long()  # uint8 would wrap round below
         _all_within(tokens, self.num_embeddings, "token")
         theirs = (tokens < self.first) | (tokens >= self.end)
         if self.end > self.first:
@@ -145,6 +143,7 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is between 0 and 1, not {label_smoothing}")
+    target = target.long()  # uint8 would wrap round where a rank's first word is taken off
     losses = _CrossEntropy.apply(logits, target, group, ignore_index, label_smoothing, vocab_size)
     if reduction == "mean":
         losses = losses.sum() / (target != ignore_index).sum()

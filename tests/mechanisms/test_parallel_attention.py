@@ -106,9 +106,10 @@ def check(ranks, n, cases):
 
 CHANGES = [
     {}, {"heads": 12, "width": 24}, {"bias": False}, {"causal": False}, {"heads": 12, "kv": 12, "width": 12},
-    {"frozen": ("qkv.weight",)}, {"frozen": ("out.bias", "qkv.bias")}, {"s": 1, "batch": 1},
+    {"frozen": ("qkv.weight",)}, {"frozen": ("out.bias", "qkv.bias")}, {"s": 1, "batch": 1}, {"batch": 0},
     {"kind": "torch"}, {"kind": "torch, batch first"}, {"kind": "torch, batch first", "bias": False},
     {"kind": "torch", "mask": "causal"}, {"kind": "torch", "mask": "padding"}, {"kind": "torch", "mask": "per head"},
+    {"kind": "torch", "mask": "per head", "batch": 0},
     {"kind": "torch, batch first", "mask": "both", "frozen": ("in_proj_weight",)},
 ]  # fmt: skip
 
@@ -320,6 +321,12 @@ class Prepared:
         (lambda P: P(8, 4)(torch.zeros(1, 5, 2)), "the input's last dimension has to be 8"),
         (lambda P: P(8, 4)(torch.zeros(1, 5, 8).long()), "needs floating point"),
         (lambda P: P.from_module(nn.MultiheadAttention(8, 4))(torch.zeros(5, 8), torch.zeros(5, 8)), "self-attention"),
+        (
+            lambda P: P.from_module(nn.MultiheadAttention(8, 4))(*[torch.zeros(5, 8)] * 3, is_causal=True),
+            "give the mask, too",
+        ),
+        (lambda P: P(8, 0), "has to be a multiple of num_heads 0"),
+        (lambda P: P.from_module(type("Own", (nn.MultiheadAttention,), {"forward": print})(8, 4)), "a forward of its"),
         (lambda P: P(8, 4, group=3), "group is a int, but has to be a process group"),
     ],
 )  # fmt: skip

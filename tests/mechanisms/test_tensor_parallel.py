@@ -1,6 +1,7 @@
 """Split layers: against one process, against DTensor's parallelize_module, to the byte; a whole model by a plan."""
 
 import copy
+from collections import OrderedDict
 from functools import partial
 
 import pytest
@@ -490,6 +491,128 @@ def test_every_style(ranks_of, n):
     ranks_of(n).run(every_style, quiet=True)
 
 
+class Heads(nn.Module):
+    """Attention as Qwen3 has it: grouped heads, a hand-written norm of each head's queries, rotations in a buffer."""
+
+    def __init__(self, width, heads, kv_heads, dropout):
+        super().__init__()
+        self.d = width // heads
+        sizes = {"q": width, "k": kv_heads * self.d, "v": kv_heads * self.d}
+        self.qkv = nn.ModuleDict({name: nn.Linear(width, size, bias=False) for name, size in sizes.items()})
+        self.q_norm, self.drop = Scale(self.d), nn.Dropout(dropout)
+        self.out = nn.Linear(width, width, bias=False)
+        self.register_buffer("turn", torch.polar(torch.ones(9, self.d // 2), torch.rand(9, self.d // 2)), False)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, self.d)).transpose(1, 2) for layer in self.qkv.values())
+        turned = torch.view_as_complex(self.q_norm(q).unflatten(-1, (-1, 2))) * self.turn[: x.size(1)]
+        y = nn.functional.scaled_dot_product_attention(torch.view_as_real(turned).flatten(-2), k, v, enable_gqa=True)
+        return self.out(self.drop(y).transpose(1, 2).flatten(2))
+
+
+class Scale(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(d))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class Pictures(nn.Module):
+    """Patches by a convolution, a named MLP with a dropout in it, a gated MLP, counts that are 16 bits wide."""
+
+    def __init__(self, width=8, dropout=0.0):
+        super().__init__()
+        self.patches, self.heads = nn.Conv2d(3, width, 2, 2), Heads(width, 4, 2, dropout)
+        names = ("up", "act", "drop", "down")
+        parts = nn.Linear(width, 10), nn.GELU(), nn.Dropout(dropout), nn.Linear(10, width)
+        self.mlp = nn.Sequential(OrderedDict(zip(names, parts, strict=True)))
+        self.gate, self.up, self.down = nn.Linear(width, 11), nn.Linear(width, 11), nn.Linear(11, width)
+        self.register_buffer("counts", torch.randint(9, (3,), dtype=torch.int16))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + self.heads(x)
+        x = x + self.mlp(x)
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x)) + self.counts.sum()
+
+
+PARTS = {
+    "patches": "convolution, output channels, gathered", "heads.qkv.*": "column", "heads.q_norm": "on a part",
+    "heads.drop": "on a part", "heads.out": "row", "mlp": "mlp", "gate": "column", "up": "column", "down": "row",
+}  # fmt: skip
+
+
+def pictures():
+    torch.manual_seed(0)
+    plain = Pictures().double().eval()
+    torch.manual_seed(dist.get_rank())
+    model = parallelize(Pictures().double().eval(), PARTS)
+    assert not any(part.training for part in model.modules())
+    x = seeded((2, 3, 6, 6), torch.float64)
+    for batch in (2, 1, 0):
+        results = []
+        for m in (model, plain):
+            m.zero_grad()
+            m.train()
+            results.append(m(x[:batch]))
+            (results[-1] ** 2).sum().backward()
+        close(*(y.detach() for y in results), f"output, {batch} pictures")
+        same_gradients(model, plain, f"{batch} pictures")
+    state = full_state_dict(model)
+    assert list(state) == list(plain.state_dict())
+    assert all(torch.equal(state[name], t) for name, t in plain.state_dict().items())
+    assert str(model.mlp.to_module()) == str(plain.mlp) and str(model.heads.q_norm.to_module()) == "Scale()"
+
+
+def test_parts_that_a_rank_uses_on_its_own_heads_and_names_that_stay(ranks_of):
+    ranks_of(2).run(pictures, quiet=True)
+
+
+def dropped_between():
+    """What is dropped of 64 equal hidden features of this rank, and what all ranks have after them."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 64 * dist.get_world_size()), nn.Dropout(0.5), nn.Linear(64, 4))
+    mlp = parallelize(nn.Sequential(plain), {"0.0": "column", "0.1": "on a part"})
+    return (mlp[0][1](torch.ones(64)) == 0).tolist(), torch.rand(1).item()
+
+
+def test_dropout_on_a_part_drops_other_features_on_each_rank(ranks_of):
+    masks, after = zip(*ranks_of(4).run(dropped_between, quiet=True), strict=True)
+    assert len(set(map(tuple, masks))) == 4 and len(set(after)) == 1
+    assert all(16 < sum(mask) < 48 for mask in masks)
+
+
+class TimesTen(nn.Embedding):
+    def forward(self, tokens):
+        return 10 * super().forward(tokens)
+
+
+def hooked():
+    layer = nn.Linear(4, 4)
+    layer.register_forward_hook(lambda module, args, y: 2 * y)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make, style, lost",
+    [
+        (lambda: TimesTen(9, 4), "vocabulary", r"TimesTen\(9, 4\) has a forward of its own, which would be lost"),
+        (hooked, "row", r"Linear\(.*\) has hooks"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "column", r"has a parametrization"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)),
+            "convolution, output channels",
+            r"has a pa",
+        ),
+    ],
+)
+def test_what_would_be_lost_is_refused(ranks_of, make, style, lost):
+    with refused(f"0: .*{lost}"):
+        ranks_of(2).run(making, lambda: parallelize(nn.Sequential(make()), {"0": style}), quiet=True)
+
+
 def plan_refused(plan, **how):
     model = nn.Sequential()
     model.body = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
@@ -516,6 +639,9 @@ def test_a_plan_that_does_not_fit_is_refused_and_changes_nothing(ranks_of):
         ({"attention.out_proj": "row"}, r"nn.MultiheadAttention takes the weights of its parts without calling them"),
         ({"head": "column, gathered"}, r"embed.weight and head.weight are one parameter, and the plan does not split"),
         ({"body.0": nothing}, r"body.0: its style returned a NoneType, a module is asked for"),
+        (None, r"a plan is a dict {name of a module: style}, not None"),
+        ({0: "column"}, r"a plan is a dict {name of a module: style}, not {0: 'column'}"),
+        ({"body.0": ["column"]}, r"body.0: \['column'\] is not one of the styles"),
         ({"body": "column"}, r"body: ColumnParallelLinear splits nn.Linear, not Sequential\(…\)"),
         ({"attention": "mlp"}, r"ParallelMLP splits nn.Sequential\(nn.Linear, activation, nn.Linear\), not Multihead"),
     ]:
@@ -552,6 +678,10 @@ def test_what_does_not_fit_is_refused(ranks_of):
         ),
         (lambda: row()(torch.ones(2, 12)), r"has to be 4, its shape is \[2, 12\]; that is the whole input, which inp"),
         (lambda: row(input_is_parallel=False)(torch.ones(2, 4)), r"has to be 12.*; that is a part of it, as a column"),
+        (
+            lambda: column()(torch.ones(2, 10).double()),
+            r"input is torch.float64, the weights are torch.float32: x.to\(",
+        ),
         (lambda: row()(torch.ones(())), r"has to be 4, its shape is \[\]"),
         (lambda: ColumnParallelLinear.from_module(nn.Conv2d(1, 2, 3)), r"splits nn.Linear, not Conv2d\(1, 2"),
         (lambda: ColumnParallelLinear.from_module(row()), r"is split already: its to_module\(\) gives the whole"),
