@@ -149,6 +149,7 @@ def _judge_column(seen, x, weight, bias, about):
                                                                     for r in range(n)]),
         ("the bias is left out", list(_split(whole, n, -1))),
         ("the bias is counted twice", list(_split(whole + 2 * zero, n, -1))),
+        (f"the bias is divided by {n}: no other rank adds to these features", list(_split(whole + zero / n, n, -1))),
         ("the weight is this rank's part, but the bias is rank 0's: it is cut the same way",
          [whole[..., s : s + w] + b for s, w, b in zip(starts, right, first, strict=True)]),
         ("rank r has every n-th feature, from r on: the parts are to be contiguous",
@@ -507,6 +508,8 @@ def _judge_gathered(seen, about, options):
         same(got, [whole] * n, "the result", about, [
             ("the parts are in reverse order", [torch.cat(mine[::-1], -1)] * n),
             ("a rank's own part comes first: rank 0's is first on every rank", own_first),
+            ("x stands where rank 0's part belongs: a rank's place is its own number", [
+                torch.cat([m, *mine[1:]], -1) for m in mine]),
             ("every part is the rank's own", [torch.cat([m] * n, -1) for m in mine]),
         ], labels=list(members))  # fmt: skip
     if not options.get("needs_grad", True):

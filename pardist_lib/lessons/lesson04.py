@@ -131,6 +131,8 @@ def _judge_heads(heads, kv, n, rank, got, by_remainder):
             why = f"{kv} key-value heads for {n} ranks: several ranks need the same one, so they cannot be shared out"
         elif list(got[1]) == list(wanted[1])[:-1] and (queries[-1] + 1) % group:
             why = f"key-value head {wanted[1][-1]} is used on two ranks: query head {queries[-1]} uses it, too"
+        elif list(got[1]) == list(range(wanted[1][0], wanted[1][-1] + 2)):
+            why = f"one key-value head too many: query head {queries[-1]}, the last one here, uses head {wanted[1][-1]}"
         elif list(got[1]) == list(range(wanted[1][0], wanted[1][-1])):
             why = "the last key-value head is missing: the stop of a range is not part of it"
         else:
@@ -159,7 +161,7 @@ class split_embedding:
     def check(run):
         known = set()
         for n, vocabulary, shape, dtype in [
-            (4, 8, (9,), F32), (4, 10, (20,), F32), (4, 10, (3, 7), F32), (3, 7, (12,), F64), (2, 5, (2, 2, 3), F64),
+            (4, 8, (9,), F32), (4, 9, (20,), F32), (4, 10, (3, 7), F32), (3, 7, (12,), F64), (2, 5, (2, 2, 3), F64),
         ]:  # fmt: skip
             notable = {
                 f"it works where {n} divides the vocabulary, but not for {vocabulary} words": vocabulary % n
@@ -230,6 +232,8 @@ def _judge_embedding(seen, vocabulary, shape, dtype, about):
          [sum(summands(first=lambda r: r * (even + 1)))] * n),
         ("the shards are taken to begin at rank · len(rows), but shards may differ in length",
          [sum(summands(first=lambda r: r * (parts[r][1] - parts[r][0])))] * n),
+        ("a token's row is looked up at token % len(rows): among this rank's rows it is at token - first",
+         [sum(table[a:b][tokens % (b - a)] * ((tokens >= a) & (tokens < b)).unsqueeze(-1) for a, b in parts)] * n),
         (f"divided by {n}: only one rank has the row, the others add zeros", [table[tokens] / n] * n),
         ("MAX instead of SUM: a negative number is less than the others' zeros", [torch.stack(own).amax(0)] * n),
     ]  # fmt: skip
@@ -376,7 +380,12 @@ def _judge_cross(seen, vocabulary, tokens, dtype, scale, about):
         if isinstance(loss, (int, float)) and not isinstance(loss, bool):
             losses[rank] = torch.tensor(float(loss), dtype=dtype)  # a number is a number
         if isinstance(losses[rank], torch.Tensor) and losses[rank].numel() == 1:
-            losses[rank] = losses[rank].reshape(())
+            where, names = f"rank {rank}, {about}", [str(t)[6:] for t in (dtype, losses[rank].dtype)]
+            if losses[rank].dim():
+                shown = "shape ()", f"shape {tuple(losses[rank].shape)}"
+                raise Wrong("the loss is a list of one number: a number alone has no dimensions", where, *shown)
+            if losses[rank].dtype != dtype:
+                raise Wrong(f"the loss is {names[1]}, where the logits are {names[0]}", where, *names)
             if not losses[rank].isfinite():
                 why = "exp of a large logit is infinite: take the greatest of the row off first"
                 if losses[rank] == -torch.inf:
@@ -385,6 +394,13 @@ def _judge_cross(seen, vocabulary, tokens, dtype, scale, about):
                     )
                 if not losses[rank].isnan() and scale < 100:
                     why = "the loss is infinite"
+                elif (
+                    losses[rank] == torch.inf and isinstance(grads[rank], torch.Tensor) and grads[rank].isfinite().all()
+                ):
+                    why = (
+                        "the probability of a far target is too small for any number, so it is 0, and log(0) infinite: "
+                    )
+                    why += "the loss is log(total) - (target's logit - greatest), without a probability in between"
                 raise Wrong(why, f"rank {rank}, {about}", f"{each:.6g}", f"{losses[rank]}")
         elif isinstance(loss, torch.Tensor) and loss.shape == (tokens,):
             raise Wrong("one loss for each token: their mean, one number, is asked for", f"rank {rank}, {about}")

@@ -35,6 +35,13 @@ def first_bias(x, weight, bias):
     return x @ w.T if bias is None else x @ w.T + bias[: len(w)]
 
 
+@mistake("column_forward", "no other rank adds to these features")
+def a_share_of_the_bias(x, weight, bias):
+    rank, n = place()
+    y = F.linear(x, weight.tensor_split(n)[rank])
+    return y if bias is None else y + bias.tensor_split(n)[rank] / n
+
+
 @mistake("column_forward", "must match the size of tensor b")
 def the_whole_bias(x, weight, bias):
     rank, n = place()
@@ -452,6 +459,13 @@ def under_each_other(x, group=None):
 def slice_of_rank_0(x, group=None):
     _, n = place(group)
     return function(lambda x: torch.cat(gathered(x, group), -1), lambda g: g.tensor_split(n, -1)[0])(x)
+
+
+@mistake("my_gather_from_group", "x stands where rank 0's part belongs")
+def in_the_first_place(x, group=None):
+    parts = gathered(x, group)
+    parts[0] = x
+    return torch.cat(parts, -1)
 
 
 @mistake("my_gather_from_group", "a rank's own part comes first")

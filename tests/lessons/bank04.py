@@ -73,6 +73,15 @@ def a_head_too_few(num_heads, num_kv_heads, rank, world_size):
     return queries, range(queries[0] // group, queries[-1] // group)
 
 
+@mistake("heads_of_rank", "one key-value head too many: query head 1, the last one here, uses head 1")
+def a_head_too_many(num_heads, num_kv_heads, rank, world_size):
+    if num_heads % world_size:
+        raise ValueError
+    each, group = num_heads // world_size, num_heads // num_kv_heads
+    queries = range(rank * each, (rank + 1) * each)
+    return queries, range(queries[0] // group, queries[-1] // group + 2)
+
+
 @mistake("heads_of_rank", "h // 3, not h % 4: heads that share one stand together")
 def by_remainder(num_heads, num_kv_heads, rank, world_size):
     if num_heads % world_size:
@@ -151,17 +160,26 @@ def no_mask(tokens, rows, vocabulary, grad):
     return embedding(tokens, rows, first, end, grad, mask=torch.ones_like(tokens).bool())
 
 
-@mistake("split_embedding", "it works where 4 divides the vocabulary, but not for 10 words: the shards are taken")
+@mistake("split_embedding", "it works where 4 divides the vocabulary, but not for 9 words: the shards are taken")
 def even_shards_only(tokens, rows, vocabulary, grad):
     rank, n = me()
     first = rank * (vocabulary // n)
     return embedding(tokens, rows, first, first + len(rows), grad)
 
 
-@mistake("split_embedding", "it works where 4 divides the vocabulary, but not for 10 words: the shards are taken")
+@mistake("split_embedding", "it works where 4 divides the vocabulary, but not for 9 words: the shards are taken")
 def rank_times_its_own_length(tokens, rows, vocabulary, grad):
     first = dist.get_rank() * len(rows)
     return embedding(tokens, rows, first, first + len(rows), grad)
+
+
+@mistake("split_embedding", "among this rank's rows it is at token - first")
+def token_modulo_rows(tokens, rows, vocabulary, grad):
+    first, end = edges(vocabulary)
+    mine, local = (tokens >= first) & (tokens < end), tokens % len(rows)
+    result = rows[local] * mine.unsqueeze(-1)
+    dist.all_reduce(result)
+    return result, torch.zeros_like(rows).index_add_(0, local[mine], grad[mine])
 
 
 @mistake("split_embedding", "MAX instead of SUM")
@@ -302,6 +320,24 @@ def finished(log_total, wanted, softmax, mine, local):
 @mistake("split_cross_entropy", "but not for logits in the thousands: exp of a large logit is infinite")
 def overflows(logits, target, vocabulary):
     return finished(*cross(logits, target, vocabulary, greatest=None))
+
+
+@mistake("split_cross_entropy", "so it is 0, and log(0) infinite")
+def log_of_a_probability(logits, target, vocabulary):
+    log_total, wanted, softmax, mine, local = cross(logits, target, vocabulary)
+    return -(wanted.exp() / log_total.exp()).log().mean(), minus_one(softmax, mine, local)
+
+
+@mistake("split_cross_entropy", "the loss is a list of one number")
+def a_list_of_one(logits, target, vocabulary):
+    loss, gradient = finished(*cross(logits, target, vocabulary))
+    return loss[None], gradient
+
+
+@mistake("split_cross_entropy", "the loss is float32, where the logits are float64")
+def loss_in_float32(logits, target, vocabulary):
+    loss, gradient = finished(*cross(logits, target, vocabulary))
+    return loss.float(), gradient
 
 
 @mistake("split_cross_entropy", "the sums of exp are scaled differently: MAX over the ranks first")
