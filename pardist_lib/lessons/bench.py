@@ -23,7 +23,7 @@ def four_ranks():
     """The newest open Ranks of at least four, or four new ones. Raises Blocked where they cannot be started."""
     open_ones = [r for r in session._all if r.n >= 4 and r.state in ("ready", "running", "replacing its ranks")]
     if open_ones:
-        return max(open_ones, key=lambda r: r._link.host.pid)
+        return max(open_ones, key=lambda r: r.made)
     try:
         _started[:] = [Ranks(4)]
     except Exception as error:

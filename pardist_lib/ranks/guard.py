@@ -8,6 +8,7 @@ it gets, and ends as that fork ends: to torchrun it *is* the rank. It starts no 
 """
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import os
@@ -20,10 +21,12 @@ import threading
 from contextlib import suppress
 from multiprocessing import connection, reduction
 
+WHERE = getattr(signal, "SIGRTMAX", None)  # a signal that no program uses; macOS has none, and does not fork
+
 
 def main(folder, mode, *command):
     """command: torchrun's own arguments. Returns what to do in a forked process; the guard itself exits in here."""
-    from pardist_lib.ranks.host import PRELOADED, as_its_own_process
+    from pardist_lib.ranks.host import PRELOADED, as_its_own_process, end_group
     from pardist_lib.ranks.transport import Door
 
     notebook, door, workers = os.dup(0), Door(folder), {}  # connection of a worker: pid of its rank
@@ -68,7 +71,7 @@ def main(folder, mode, *command):
                     door.listener._listener._socket.close()  # the guard's ends must end with the guard
                     for end in (*ends, *(w.fileno() for w in workers)):
                         os.close(end)
-                    return lambda: _be(job)
+                    return lambda: _be(job, folder)
                 for fd in job["output"]:
                     os.close(fd)
             else:
@@ -78,6 +81,7 @@ def main(folder, mode, *command):
                     os.kill(workers.pop(ready), signal.SIGKILL)
         while (ended := _ended()) is not None:
             pid, status = ended
+            end_group(pid)
             if pid == program:
                 code = status
             for worker in [w for w, rank in workers.items() if rank == pid]:
@@ -110,10 +114,12 @@ def _end_all():
         psutil.wait_procs(family, 1)
 
 
-def _be(job):
+def _be(job, folder):
     """Be the program that torchrun's worker was asked to be."""
     os.environ.clear()
     os.environ.update(job["env"])
+    where = open(os.path.join(folder, f"where-{os.environ['LOCAL_RANK']}-{os.getpid()}"), "w")
+    faulthandler.register(WHERE, where, all_threads=False)  # program.py asks; it answers from inside gloo, too
     os.chdir(job["folder"])
     for here, there in zip((1, 2), job["output"], strict=True):
         os.dup2(there, here)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from multiprocessing import connection
 
 PRELOADED = (  # what lessons need: imported once, shared by all ranks
@@ -58,6 +59,7 @@ def main(folder, mode):
             for pid, (rank, generation) in list(children.items()):
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
+                    end_group(pid)
                     del children[pid]
                     notebook.send(("died", rank, generation, os.waitstatus_to_exitcode(status)))
             if torchrun and torchrun.poll() is not None:
@@ -94,6 +96,8 @@ def start_torchrun(folder, setup, generation):
 def fork_rank(folder, env, generation, close):
     pid = os.fork()
     if pid:
+        with suppress(OSError):  # it does so itself, but may be killed before
+            os.setpgid(pid, pid)
         return pid
     try:
         as_its_own_process()
@@ -111,7 +115,9 @@ def fork_rank(folder, env, generation, close):
 
 
 def as_its_own_process():
-    """Undo, in a forked process, what only its parent needs; numpy's generator would draw alike in all of them."""
+    """Undo, in a forked process, what only its parent needs; numpy's generator would draw alike in all of them. A
+    process group of its own: what the reader's code starts there ends with it."""
+    os.setpgid(0, 0)
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -120,14 +126,21 @@ def as_its_own_process():
 
 def kill(children):
     for pid in children:
-        os.kill(pid, signal.SIGKILL)
+        end_group(pid)
     for pid in children:
         os.waitpid(pid, 0)
     children.clear()
 
 
+def end_group(pid):
+    """Kill a forked process, or what is left of it: all that it has started (and that made no session of its own)."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def stop(torchrun, patience=0.3):
-    """End torchrun and its workers: they leave by themselves when the notebook's connection closes."""
+    """End torchrun, or a program's guard, and all below it: they leave by themselves when the notebook's connection
+    closes, and are killed where they have not after `patience` seconds."""
     if torchrun is None:
         return
     import psutil

@@ -54,7 +54,9 @@ class Ledger:
         self.n = n
         with open(path, "w+b" if create else "r+b") as file:
             if create:
-                file.truncate(n * PAGE)
+                # not truncate: on a full disk this is an error, but a hole in a mapped file is a crash
+                file.write(bytes(n * PAGE))
+                file.flush()
             self.memory = mmap.mmap(file.fileno(), n * PAGE)
 
     def clear(self):
@@ -132,6 +134,8 @@ class Ledger:
         if not channel:
             return None
         text = self.memory[at + _entry.size : at + _entry.size + a + b]
+        if _entry.unpack_from(self.memory, at) != (channel, number, a, b):
+            return None  # overwritten meanwhile: its rank is many calls further on
         return channel, number, text[:a].decode(errors="replace"), text[a:].decode(errors="replace")
 
 

@@ -3,7 +3,6 @@ what to say when it fails, is in session.py."""
 
 import json
 import os
-import re
 import selectors
 import shutil
 import socket
@@ -12,6 +11,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 from . import report
 from .ledger import Ledger, is_readers
@@ -30,6 +31,7 @@ class Rank:
         self.number, self.pid = number, None
         self.calls = self.watch = self.out = None  # connections
         self.backend = self.device = self.problem = None
+        self.in_group = True  # until a call has destroyed its process group
         self.begin(False)
 
     def begin(self, taking_part):
@@ -132,8 +134,9 @@ class Link:
         return moved
 
     def ask_where(self, seconds):
-        """Ask the watch thread of every busy rank for its stack: the outcome becomes ("busy", frames), and stays
-        ("busy", None) for those who do not answer. Returns {rank: collectives so far}, also those of C++ code."""
+        """Ask the watch thread of every busy rank for its stack: the outcome becomes ("busy", frames), or ("busy",
+        None, whether a signal has stopped it) where it does not answer. Returns {rank: collectives so far}, also those
+        of C++ code."""
         asked = [r for r in self.ranks if r.outcome[0] == "busy" and _try(r.watch.send, "where")]
         deadline, counted = time.monotonic() + seconds, {}
         while len(counted) < len(asked) and time.monotonic() < deadline:
@@ -145,6 +148,9 @@ class Link:
                 if answer and r.outcome[0] == "busy":
                     r.outcome = "busy", answer[0]
             self.pump(0)
+        for r in asked:
+            if r.number not in counted and r.outcome[0] == "busy":
+                r.outcome = "busy", None, _stopped(r.pid)
         return counted
 
     def last_calls(self):
@@ -154,9 +160,8 @@ class Link:
         """The stack that faulthandler left when native code brought a rank down, or []."""
         path = Path(self.folder, f"fault-{self.generation}-{rank}")
         text = path.read_text() if path.exists() else ""
-        current = text.partition("Current thread")[2].partition("\n\n")[0]
-        frames = [(f, int(n), name) for f, n, name in re.findall(r'File "(.+?)", line (\d+) in (.+)', current)]
-        return frames[::-1] if any(is_readers(f[0]) for f in frames) else []
+        frames = report.native_frames(text.partition("Current thread")[2].partition("\n\n")[0])
+        return frames if any(is_readers(f[0]) for f in frames) else []
 
     # ---- messages: each handler returns True for a sign of life from a rank ------------------------------------
 
@@ -215,7 +220,7 @@ class Link:
         elif arrived.head[0] == "progress":
             r.bar = arrived.head[1:]
         elif arrived.head[0] == self.number:
-            kind = arrived.head[1]
+            _, kind, r.in_group = arrived.head
             r.outcome = kind, arrived if kind == "result" else arrived.load()
         return True
 
@@ -257,6 +262,13 @@ def _try(communicate, *args):
         return True if value is None else value
     except (EOFError, OSError):
         return None
+
+
+def _stopped(pid):
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _environment(threads):

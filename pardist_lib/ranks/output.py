@@ -7,7 +7,7 @@ import time
 from .report import plural, spoken
 
 HEAD, TAIL = 60, 60  # lines of a rank that are shown; `Ranks.output` has them all
-KEEP = 32 << 20  # bytes of a rank that are kept
+KEEP = 16 << 20  # bytes of a rank that are kept; where there were twice as many, the middle is dropped
 
 _moves = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhl]")  # cursor movements (progress bars); colours stay
 _COLOURS = [34, 31, 36, 33, 32, 91, 35, 90]  # ANSI, nearest to the ranks' colours in pictures; the theme decides
@@ -26,7 +26,8 @@ class Printed:
             del self.data[KEEP // 2 : KEEP // 2 + KEEP]
 
     def text(self):
-        text = self.data.decode("utf-8", "replace")
+        note = f"\n… {self.dropped:,} bytes dropped …\n".encode() if self.dropped else b""
+        text = (self.data[: KEEP // 2] + note + self.data[KEEP // 2 :]).decode("utf-8", "replace")
         return spoken(text) if "/ipykernel_" in text else text
 
     def lines(self):

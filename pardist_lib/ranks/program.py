@@ -1,5 +1,6 @@
 """`torchrun(...)`: a whole program under torchrun, with the reporting of `Ranks`."""
 
+import itertools
 import os
 import re
 import shutil
@@ -8,14 +9,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from . import report
+from .guard import WHERE
+from .host import stop
 from .link import HERE, _environment
 from .output import Live, Printed
+from .session import seconds
 
 _TRACEBACK = b"Traceback (most recent call last):"
-_FRAME = re.compile(r'^  File "(.+?)", line (\d+), in (.+)$', re.M)
+_FRAME = re.compile(r'^  File "(.+?)", line (\d+)(?:, in (.+))?$', re.M)  # of a SyntaxError the last has no "in"
+_FAILED = re.compile(r"time +: (\S+)\n.*\n\s*rank +: \d+ \(local_rank: (\d+)\)\n\s*exitcode +: (-?\d+)")
+# torchrun gives the others 30 seconds after a failure, then SIGKILL: who was killed so late did not begin it
+SHUTDOWN = 20
 _RAISED = re.compile(r"^(\w[\w.]*)(?::? ?(.*))?$", re.S)
 
 
@@ -30,16 +39,15 @@ class _Process:
 
     def read(self):
         moved = False
-        for name in ("stdout.log", "stderr.log"):
-            for path in Path(self.folder).glob(f"*/attempt_0/{self.number}/{name}"):
-                with open(path, "rb") as log:
-                    log.seek(self._at.get(name, 0))
-                    if data := log.read():
-                        self._at[name] = log.tell()
-                        self.printed.add(data)
-                        moved = True
-                        if _TRACEBACK in data:
-                            self.error_since = self.error_since or time.time_ns()
+        for path in sorted(Path(self.folder).glob(f"*/attempt_*/{self.number}/std???.log"), key=_attempt_and_name):
+            with open(path, "rb") as log:
+                log.seek(self._at.get(path, 0))
+                if data := log.read():
+                    self._at[path] = log.tell()
+                    self.printed.add(data)
+                    moved = True
+                    if _TRACEBACK in data:
+                        self.error_since = self.error_since or time.time_ns()
         return moved
 
     def forget_traceback(self):
@@ -61,7 +69,7 @@ class _Process:
         return {
             "type": raised[1].rsplit(".", 1)[-1] if raised else "an error",
             "message": re.split(r"\n\[W|\n\[rank\d", (raised[2] or "").strip())[0] if raised else "",
-            "frames": [(f, int(n), name) for f, n, name in _FRAME.findall("\n".join(body[:said]))],
+            "frames": [(f, int(n), name or "<module>") for f, n, name in _FRAME.findall("\n".join(body[:said]))],
             "time": self.error_since,
             "earlier": None,
         }
@@ -84,8 +92,9 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
     Shows what the ranks print, rank by rank, and returns it as a list of strings. Raises RankError, root cause
     first, when a rank fails. The stop button, and the end of the notebook, end the program.
     """
-    if nproc < 1:
+    if not isinstance(nproc, int) or nproc < 1:
         raise ValueError(f"nproc is the number of ranks, at least 1, not {nproc!r}")
+    seconds(timeout)
     target = [str(program)] if str(program).endswith(".py") else ["-m", str(program)]
     if target[0] != "-m" and not Path(target[0]).exists():
         raise FileNotFoundError(f"there is no script {program} in the notebook's folder")
@@ -120,7 +129,10 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
             r.read()
         printed = [r.printed.text() for r in ranks]
         if code is None:
-            raise report.RankHang(f"no sign of life for {timeout:g} s: the program was stopped", cause="stall")
+            outcomes = {r.number: ("busy", frames) for r, frames in zip(ranks, _where(folder, ranks), strict=True)}
+            raise report.hang(
+                outcomes, [None] * nproc, [], timeout, "The program was stopped.", "torchrun(..., timeout=…)"
+            )
         if code:
             said = Path(folder, "torchrun.log").read_text(errors="replace")
             raise _failure(ranks, said, code)
@@ -129,19 +141,37 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
         raise report.RanksInterrupted("the program was stopped") from None
     finally:
         guard.stdin.close()
-        guard.wait(20)
+        stop(guard, patience=20)
         log.close()
         shutil.rmtree(folder, ignore_errors=True)
         live.finish(ranks)
 
 
+def _where(folder, ranks):
+    """The frames of every rank as report.py has them, asked for by a signal that guard.py has prepared; [] for a rank
+    that does not answer: every one where nothing was forked."""
+    paths = [sorted(Path(folder).glob(f"where-{r.number}-*"), key=os.path.getmtime)[-1:] for r in ranks]
+    for path in itertools.chain.from_iterable(paths):
+        with suppress(ProcessLookupError):
+            os.kill(int(path.name.rsplit("-", 1)[1]), WHERE)
+    time.sleep(0.5)
+    return [report.native_frames(path[0].read_text()) if path else [] for path in paths]
+
+
+def _attempt_and_name(path):
+    return int(path.parts[-3].removeprefix("attempt_")), path.name != "stdout.log"
+
+
 def _failure(ranks, said, code):
-    codes = {int(r): int(c) for r, c in re.findall(r"local_rank: (\d+).*?exitcode\s*: (-?\d+)", said)}
-    codes |= {int(r): int(c) for r, c in re.findall(r"rank\s+: (\d+) \(local_rank.*?\n\s*exitcode\s*: (-?\d+)", said)}
-    outcomes = {}
+    times = {
+        int(rank): (datetime.fromisoformat(at.replace("_", "T")), int(code)) for at, rank, code in _FAILED.findall(said)
+    }
+    first, outcomes = min((at for at, _ in times.values()), default=None), {}
     for r in ranks:
-        described, ended = r.described(), codes.get(r.number, 0)
-        if ended < 0 and ended != -signal.SIGTERM:  # SIGTERM is torchrun's, for those who outlived the first
+        described, (at, ended) = r.described(), times.get(r.number, (first, 0))
+        # torchrun ends those who outlived the first failure: SIGTERM, and after a while SIGKILL
+        by_torchrun = ended == -signal.SIGTERM or ended == -signal.SIGKILL and (at - first).seconds >= SHUTDOWN
+        if ended < 0 and not by_torchrun:
             outcomes[r.number] = "died", ended, r.error_since or 0, r.printed.lines()[-3:]
         elif described:
             outcomes[r.number] = "error", described

@@ -15,12 +15,13 @@ import threading
 import time
 import traceback
 import types
+from contextlib import suppress
 
 from . import ledger as ledgers
 from .transport import Parcel, call_in, receive
 
 END = b"\x1e"  # after a call's output: END, the call's number, END
-THIS = types.SimpleNamespace(rank=None, calls=None, device=None)  # of the process that is a rank
+THIS = types.SimpleNamespace(rank=None, calls=None, device=None, pid=None, out=None)  # of the process that is a rank
 
 names = types.ModuleType("__main__")  # where %%ranks cells run: their names stay
 
@@ -30,12 +31,10 @@ def serve(folder, env, generation):
     os.environ.update(env)
     rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
     who = {"rank": rank, "generation": generation, "pid": os.getpid()}
-    out = call_in(folder, role="out", **who)
+    THIS.pid, THIS.out = os.getpid(), call_in(folder, role="out", **who)
     for fd in (1, 2):
-        os.dup2(out.fileno(), fd)
-    sys.stdout = io.TextIOWrapper(open(1, "wb", 0, closefd=False), "utf-8", "replace", write_through=True)
-    sys.stdout.reconfigure(line_buffering=True, write_through=False)
-    sys.stderr = io.TextIOWrapper(open(2, "wb", 0, closefd=False), "utf-8", "replace", write_through=True)
+        os.dup2(THIS.out.fileno(), fd)
+    sys.stdout, sys.stderr = _stream(1), _stream(2)
     faulthandler.enable(open(os.path.join(folder, f"fault-{generation}-{rank}"), "w"))
 
     watch = call_in(folder, role="watch", **who)
@@ -87,15 +86,26 @@ def _join(folder, rank, size, generation):
     return backend, device
 
 
+def _stream(fd):
+    stream = io.TextIOWrapper(open(fd, "wb", 0, closefd=False), "utf-8", "replace", write_through=True)
+    if fd == 1:
+        stream.reconfigure(line_buffering=True, write_through=False)
+    return stream
+
+
 def _one_call(arrived):
+    import torch.distributed as dist
+
     number = arrived.head
     try:
         fn, args, kwargs = arrived.load()
         reply = "result", _packed(fn(*args, **kwargs))
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: the rank must live on
         reply = "error", Parcel(_described(error))
+    if os.getpid() != THIS.pid:
+        os._exit(0)  # the reader's os.fork: what came back here a second time is not this rank
     _flush(number)
-    reply[1].send(THIS.calls, (number, reply[0]))
+    reply[1].send(THIS.calls, (number, reply[0], dist.is_initialized()))
     reply[1].close()
 
 
@@ -109,19 +119,27 @@ def _packed(result):
 
 
 def _flush(number):
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # the reader's own stream, or a closed one
+            stream.flush()
     ctypes.CDLL(None).fflush(None)  # what C++ printed and still holds
-    os.write(1, END + str(number).encode() + END)
+    os.write(THIS.out.fileno(), END + str(number).encode() + END)
+    for fd, name in ((1, "stdout"), (2, "stderr")):  # what the call has closed is open for the next one
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.dup2(THIS.out.fileno(), fd)
+        if getattr(getattr(sys, name), "closed", False):
+            setattr(sys, name, _stream(fd))
 
 
-def _described(error):
-    """An exception as plain data: the notebook has the cells' source, so it draws the lines."""
+def _described(error, with_earlier=True):
+    """An exception, and the one before it, as plain data: the notebook has the cells' source, so it draws the lines."""
     frames = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), lookup_lines=False)
     earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     try:
         message = str(error)
-    except Exception:
+    except BaseException:
         message = "(its text cannot be shown: str() of it raises)"
     if isinstance(error, SyntaxError) and error.filename:
         frames.append(traceback.FrameSummary(error.filename, error.lineno, "<module>", lookup_line=False))
@@ -131,7 +149,7 @@ def _described(error):
         "message": message,
         "frames": [(f.filename, f.lineno, f.name) for f in frames],
         "time": time.time_ns(),
-        "earlier": _described(earlier) if earlier is not None and earlier is not error else None,
+        "earlier": _described(earlier, False) if with_earlier and earlier is not None else None,
     }
 
 

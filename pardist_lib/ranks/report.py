@@ -114,7 +114,8 @@ def doing(frames, last_call):
 
 # ---- outcomes -------------------------------------------------------------------------------------------------
 # A rank's outcome is a tuple: ("result", ...), ("error", described), ("died", exit code, time[, last lines]),
-# ("busy", frames or None), ("idle",) for a rank that took no part in the call, ("stopped",) in a whole program.
+# ("busy", frames) or ("busy", None[, whether a signal has stopped it]) where it does not answer, ("idle",) for a rank
+# that took no part in the call, ("stopped",) in a whole program.
 
 
 def fate(code):
@@ -153,6 +154,12 @@ def root_cause(outcomes):
     return min(failed, key=order)[0] if failed else None
 
 
+def second_hand_only(outcomes):
+    """True where some rank failed, and all of them only because another one had gone."""
+    rank = root_cause(outcomes)
+    return rank is not None and outcomes[rank][0] == "error" and _second_hand(outcomes[rank][1])
+
+
 def harmless(outcomes):
     """True where every rank came back and no failure can have disturbed the group."""
     return all(
@@ -179,6 +186,8 @@ def where(outcomes, last_calls):
             said.append(f"raised {rest[0]['type']}{second}")
         elif kind == "stopped":
             said.append("was stopped")
+        elif rest[0] is None and any(rest[1:]):
+            said.append("was stopped by a signal (SIGSTOP) and not continued")
         elif rest[0] is None:
             said.append("did not answer: native code does not let its interpreter go")
         else:
@@ -193,9 +202,18 @@ def folded(said, leave_out=()):
         if rank not in leave_out:
             same.setdefault(text, []).append(rank)
     return "; ".join(
-        f"{plural(ranks)} {text if len(ranks) == 1 else re.sub(r'^was ', 'were ', text)}"
-        for text, ranks in same.items()
+        f"{plural(ranks)} {text if len(ranks) == 1 else _of_several(text)}" for text, ranks in same.items()
     )
+
+
+def _of_several(text):
+    return re.sub(r"^was ", "were ", text).replace("ended its process", "ended their processes")
+
+
+def native_frames(text):
+    """[(file, line, function), …] from what faulthandler wrote about one thread, outermost first."""
+    found = re.findall(r'File "(.+?)", line (\d+) in (.+)', text)
+    return [(file, int(number), name) for file, number, name in reversed(found)]
 
 
 def failure(outcomes, last_calls, fault_frames, ending, lost=()):
@@ -249,6 +267,8 @@ def _short(message, limit=600):
 
 
 def _hint(described, lost):
+    if "initialize the default process group twice" in described["message"]:
+        return "(the ranks are in a group already, as torchrun and init_process_group make it: leave that line out)"
     if described["type"] in ("NameError", "KeyError") and "'" in described["message"]:
         name = described["message"].split("'")[1]
         if name in lost:
@@ -275,8 +295,8 @@ def details(outcomes, said):
     return "\n".join(parts)
 
 
-def hang(outcomes, last_calls, behind, seconds, ending):
-    """The RankHang for outcomes in which some rank is still busy."""
+def hang(outcomes, last_calls, behind, seconds, ending, patience="ranks.run(..., timeout=…) or Ranks(…, timeout=…)"):
+    """The RankHang for outcomes in which some rank is still busy. patience: how the reader lets it wait longer."""
     said = where(outcomes, last_calls)
     busy = [r for r, o in outcomes.items() if o[0] == "busy"]
     waiting = [r for r in busy if said[r].startswith("was in ")]
@@ -307,11 +327,9 @@ def hang(outcomes, last_calls, behind, seconds, ending):
     for rank in sorted(outcomes):
         group = [r for r in outcomes if said[r] == said[rank]]
         if rank == group[0]:
-            lines.append(
-                f"  {plural(group)} {said[rank] if len(group) == 1 else re.sub(r'^was ', 'were ', said[rank])}"
-            )
+            lines.append(f"  {plural(group)} {said[rank] if len(group) == 1 else _of_several(said[rank])}")
     if cause == "stall":
-        lines.append("If it is only slow: ranks.run(..., timeout=…) or Ranks(…, timeout=…) waits longer (seconds).")
+        lines.append(f"If it is only slow: {patience} waits longer (seconds).")
     lines.append(ending)
     here = _innermost(outcomes[blame][1] or []) if outcomes[blame][0] == "busy" else None
     here = here or next((_innermost(outcomes[r][1] or []) for r in waiting), None)

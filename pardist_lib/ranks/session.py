@@ -3,9 +3,12 @@
 import ast
 import atexit
 import inspect
+import itertools
+import os
 import sys
 import threading
 import time
+import warnings
 import weakref
 
 from . import report
@@ -15,7 +18,7 @@ from .output import Live, in_notebook
 from .rank import pull, push, run_cell
 from .transport import Parcel
 
-_all = weakref.WeakSet()
+_all, _counter = weakref.WeakSet(), itertools.count()
 _KEPT = "The ranks and what they hold are still there."
 _FRESH = "A fresh set of ranks takes over: names that %%ranks cells had set are gone, the next call works."
 
@@ -42,9 +45,8 @@ class Ranks:
         self._set, self._lost = set(), set()  # names on the ranks; names on ranks that were replaced
         if not isinstance(n, int) or not 1 <= n <= 32:
             raise ValueError(f"Ranks(n): n is a whole number from 1 to 32, not {n!r}")
-        if timeout <= 0:
-            raise ValueError(f"timeout is a number of seconds above 0, not {timeout!r}")
-        self.n, self.timeout, self._cards, self._lock = n, timeout, [], threading.Lock()
+        self.n, self.timeout, self._cards, self._lock = n, seconds(timeout), [], threading.Lock()
+        self.made, self._notebook, self._settled = next(_counter), os.getpid(), True
         _close_namesakes(n)
         began = time.monotonic()
         self._link = Link(n, threads, fork)
@@ -71,6 +73,9 @@ class Ranks:
         on = range(self.n) if on is None else [on] if isinstance(on, int) else list(on)
         if wrong := [r for r in on if r not in range(self.n)]:
             raise ValueError(f"there is no rank {wrong[0]}: this Ranks has ranks 0 to {self.n - 1}")
+        if len(set(on)) < len(on):
+            raise ValueError(f"a rank is named twice in on={on}: it makes one call at a time")
+        timeout = self.timeout if timeout is None else seconds(timeout)
         try:
             parcel = Parcel((fn, args, kwargs))
         except Exception as error:
@@ -80,7 +85,7 @@ class Ranks:
         try:
             if self.state == "closed":
                 raise RuntimeError(f"these ranks are closed{self._why}: make new ones with Ranks(n)")
-            return self._call(parcel, on, quiet, timeout or self.timeout)
+            return self._call(parcel, on, quiet, timeout)
         except report.RankError as error:
             self.last_error = error
             raise
@@ -123,7 +128,7 @@ class Ranks:
 
     def close(self):
         """End the ranks, torchrun and everything they opened."""
-        if self.state != "closed":
+        if self.state != "closed" and os.getpid() == self._notebook:  # not in a process that the notebook forked
             self._become("closed")
             self._link.close()
 
@@ -171,7 +176,14 @@ class Ranks:
 
     def _call(self, parcel, on, quiet, timeout):
         link = self._link
-        link.wait_joined()
+        if not self._settled:  # the stop button was pressed a second time, or while ranks were being replaced
+            self._replace(_FRESH)
+        self._settled = False
+        try:
+            link.wait_joined()
+        except RuntimeError:
+            self.close()
+            raise
         self._become("running")
         link.number += 1
         for r in link.ranks:
@@ -187,6 +199,12 @@ class Ranks:
             if behind := link.ledger.behind():
                 lasts = link.last_calls()
                 raise report.unfinished(behind, lasts, self._replace(_FRESH))
+            if all(r.in_group for r in mine):
+                self._settled = True
+            else:
+                warnings.warn(
+                    f"The ranks have left their group (destroy_process_group). {self._replace(_FRESH)}", stacklevel=3
+                )
             return [r.outcome[1].load() for r in mine]
         except KeyboardInterrupt:
             link.ask_where(0.5)
@@ -238,15 +256,17 @@ class Ranks:
         )
 
     def _failed(self, mine):
-        link, deadline = self._link, time.monotonic() + 0.4
-        while not all(r.ended for r in mine) and time.monotonic() < deadline:
-            link.pump(0.05)  # other failures, or a death that came before, may be on their way
+        link, began = self._link, time.monotonic()
+        while not all(r.ended for r in mine):  # other failures, or a death that came before, may be on their way
+            link.pump(0.05)
+            if time.monotonic() - began > (1.5 if report.second_hand_only(self._outcomes()) else 0.4):
+                break  # a rank whose neighbour has gone is not the cause: on a busy machine the cause comes later
         link.ask_where(0.5)
         outcomes, lasts = self._outcomes(), link.last_calls()
         faults = link.fault_frames(report.root_cause(outcomes))
-        sound = not link.ledger.behind() and report.harmless(outcomes)
+        self._settled = not link.ledger.behind() and report.harmless(outcomes) and all(r.in_group for r in mine)
         lost = set(self._lost)
-        return report.failure(outcomes, lasts, faults, _KEPT if sound else self._replace(_FRESH), lost)
+        return report.failure(outcomes, lasts, faults, _KEPT if self._settled else self._replace(_FRESH), lost)
 
     def _hung(self, seconds):
         link = self._link
@@ -259,6 +279,7 @@ class Ranks:
     def _replace(self, ending):
         self._lost, self._set = self._lost | self._set, set()
         self._link.replace()
+        self._settled = True
         self._become("replacing its ranks")
         return ending
 
@@ -271,7 +292,14 @@ class Ranks:
 
 def newest():
     """The Ranks made last and still open, or None."""
-    return max((r for r in _all if r.state != "closed"), key=lambda r: r._link.host.pid, default=None)
+    return max((r for r in _all if r.state != "closed"), key=lambda r: r.made, default=None)
+
+
+def seconds(timeout):
+    """A timeout, checked: ValueError where it is no number above 0."""
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+        raise ValueError(f"timeout is a number of seconds above 0, not {timeout!r}")
+    return timeout
 
 
 def _names_set_in(source):

@@ -79,6 +79,8 @@ class Parcel:
         stream = io.BytesIO()
         _Pickler(stream, protocol=5, buffer_callback=beside).dump(obj)
         self.pickle = stream.getbuffer()
+        if not beside(pickle.PickleBuffer(self.pickle)):  # a long pickle too: what is left fits the socket, so that
+            self.pickle = b""  # nobody ever waits for a receiver that does not read
         self.fd = _shared(buffers, sum(map(_padded, self.sizes))) if buffers else None
 
     def send(self, conn, head):
@@ -108,7 +110,8 @@ class Arrived:
         for size in self._sizes:
             buffers.append(view[start : start + size])
             start += _padded(size)
-        return pickle.loads(self._data, buffers=buffers)
+        data = self._data or buffers.pop()
+        return pickle.loads(data, buffers=buffers)
 
 
 def receive(conn):

@@ -4,9 +4,12 @@ next call works."""
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -292,11 +295,133 @@ def test_ten_megabytes_of_prints(ranks):
         assert len(text) == 100_000 * 99 + 8 and text.endswith("the end\n")
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Python's own answer to SIGINT, also where the tests run in the background of a shell that ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_the_stop_button(ranks):
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     error = fails(ranks, sleeps, error=RanksInterrupted, within=1 + GRACE)
     assert "time.sleep(60)" in str(error) and isinstance(error, KeyboardInterrupt)
+
+
+def test_the_stop_button_twice(ranks, monkeypatch):
+    """The second press comes while the first is answered: before any rank is replaced, or in the middle of that."""
+    link = ranks._link
+    for place in ("ask_where", "_order"):
+
+        def pressed_again(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(link, place, pressed_again)
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            ranks.run(sleeps, timeout=20)
+        began = time.monotonic()
+        assert ranks.run(rank_sum) == [6.0] * 4 and time.monotonic() - began < GRACE
+
+
+def test_the_stop_button_while_fresh_ranks_join(ranks, monkeypatch):
+    with pytest.raises(RankError):
+        ranks.run(is_killed)
+    door, accept = ranks._link.door, ranks._link.door.accept
+
+    def accept_and_press():
+        accept()
+        raise KeyboardInterrupt  # the connection just made is lost
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(door, "accept", accept_and_press)
+        ranks.run(rank_sum)
+    assert ranks.run(rank_sum) == [6.0] * 4
+
+
+def test_a_rank_is_stopped_by_a_signal(ranks):
+    error = fails(ranks, lambda: os.kill(os.getpid(), signal.SIGSTOP), error=RankHang, within=TIMEOUT + GRACE)
+    assert "ranks 0–3 were stopped by a signal (SIGSTOP)" in str(error)
+    os.kill(ranks.run(os.getpid)[1], signal.SIGSTOP)  # and one that does not read what it is sent, however much that is
+    error = fails(ranks, len, "x" * 10_000_000, error=RankHang, within=TIMEOUT + GRACE)
+    assert error.rank == 1 and "rank 1 was stopped by a signal" in str(error)
+
+
+def test_a_function_that_forks(ranks):
+    def forks():
+        return "parent" if os.fork() else "child"
+
+    assert ranks.run(forks) == ["parent"] * 4
+    assert ranks.run(rank_sum) == [6.0] * 4
+
+
+def test_what_a_rank_has_started_ends_with_it(ranks):
+    def starts():
+        return subprocess.Popen(["sleep", "60"]).pid
+
+    started = [psutil.Process(pid) for pid in ranks.run(starts)]
+    fails(ranks, is_killed)
+    assert not psutil.wait_procs(started, timeout=GRACE)[1]
+
+
+def test_the_notebook_forks_itself(ranks):
+    if not os.fork():
+        ranks.close()  # what leaving Python does there
+        os._exit(0)
+    os.wait()
+    assert os.path.isdir(ranks._link.folder) and ranks.run(rank_sum) == [6.0] * 4
+    fails(ranks, is_killed)
+
+
+def test_a_function_that_destroys_the_group(ranks):
+    with pytest.warns(
+        UserWarning, match=r"left their group \(destroy_process_group\). A fresh set of ranks takes over"
+    ):
+        assert ranks.run(dist.destroy_process_group) == [None] * 4
+    assert ranks.run(rank_sum) == [6.0] * 4
+    assert "in a group already" in str(fails(ranks, dist.init_process_group, "gloo"))
+
+
+def test_a_call_that_closes_its_output(ranks):
+    def closes():
+        sys.stdout.close()
+        os.close(1)
+
+    assert ranks.run(closes) == [None] * 4
+    ranks.run(lambda: print("said") or os.write(1, b"too\n"), quiet=True)
+    assert ranks.output == ["said\ntoo\n"] * 4
+
+
+def test_exceptions_that_are_hard_to_tell(ranks):
+    def circle():
+        a, b = ValueError("a"), ValueError("b")
+        a.__cause__, b.__cause__ = b, a
+        raise a
+
+    class Unspeakable(Exception):
+        def __str__(self):
+            raise SystemExit
+
+    def unspeakable():
+        raise Unspeakable
+
+    assert "ranks 0–3 raised ValueError: a" in str(fails(ranks, circle))
+    assert "ranks 0–3 raised Unspeakable: (its text cannot be shown" in str(fails(ranks, unspeakable))
+
+
+def test_the_cause_may_come_later_than_its_consequences(ranks):
+    """On a busy machine the neighbours' "connection closed" can be told long before the death that closed it."""
+
+    def told_late():
+        if dist.get_rank() == 1:
+            time.sleep(0.9)
+            raise ValueError("the cause")
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
+
+    error = fails(ranks, told_late)
+    assert (error.rank, error.message) == (1, "the cause")
 
 
 def test_after_a_kill_the_next_call_answers_within_a_second(ranks):

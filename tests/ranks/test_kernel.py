@@ -133,7 +133,7 @@ def test_the_stop_button(notebook):
     notebook.run(START)
     began = time.monotonic()
     said, errors = notebook.run("%%ranks\nimport time\ntime.sleep(60)", interrupt_after=1)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20  # and not 60; how fast it is, test_faults says
     assert "Interrupted" in errors and "time.sleep(60)" in errors
     said, errors = notebook.run("%%ranks\nrank")
     assert not errors and "rank 3 │ 3" in plain(said)
@@ -163,7 +163,7 @@ def test_nothing_stays_when_the_kernel_goes(notebook, how):
         notebook.manager.restart_kernel(now=True)
     else:
         os.kill(notebook.manager.provisioner.pid, signal.SIGKILL)
-    assert gone(family, within=5)
+    assert gone(family, within=15)
     assert not os.path.exists(folder)
 
 
@@ -178,7 +178,7 @@ def test_a_program_goes_with_its_kernel(notebook, tmp_path):
     folder = next(p.cmdline()[2] for p in family if p.cmdline()[1].endswith("guard.py"))
     assert os.path.isdir(folder)
     os.kill(notebook.manager.provisioner.pid, signal.SIGKILL)
-    assert gone(family, within=5)
+    assert gone(family, within=15)
     assert not os.path.exists(folder)
 
 
