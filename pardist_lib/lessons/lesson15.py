@@ -431,6 +431,7 @@ class clip_and_add:
             (zero, 0.7),
             (rows(0, 3, 6), 1.0),
             (rows(9, 1, 7), 2.0),
+            (1e-6 * rows(4, 3, 8), 1e-7),
         ]
         labels = [f"{len(g)} rows of {g.shape[1]} numbers, {str(g.dtype)[6:]}, clip {c}" for g, c in inputs]
         labels[4] += ", one of them zero"
@@ -453,6 +454,8 @@ class clip_and_add:
             ("the sum was clipped, not the single rows: one long row still decides where it points",
              [total(g, c) for g, c in inputs]),
             ("the mean was clipped, not the single rows", [total(g, c, max(len(g), 1)) for g, c in inputs]),
+            ("a short row's length was taken to be 1e-3: rows may be shorter than that, only zero needs care",
+             [clipped(g, c, lambda g: g.norm(dim=1, keepdim=True).clamp(min=1e-3)) for g, c in inputs]),
             ("the mean was clipped, not the single rows, and multiplied back",
              [total(g, c, max(len(g), 1)) * len(g) for g, c in inputs]),
             ("nothing is clipped", [g.sum(0) for g, c in inputs]),

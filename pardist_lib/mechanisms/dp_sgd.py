@@ -36,10 +36,20 @@ def per_sample_gradients(model, loss, x, y):
 
     model  without anything that mixes rows (BatchNorm), or there is no such thing as one row's gradient
     loss   loss(model(x), y) of a batch of one row; x, y: b rows, b may be 0
+
+    Raises ValueError for a model that mixes rows by BatchNorm, or has nothing to train.
     """
+    for name, part in model.named_modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(part).__name__}: it mixes the rows of a batch, so that no row has a "
+                "gradient of its own. Use GroupNorm or LayerNorm"
+            )
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     fixed |= dict(model.named_buffers())
+    if not trained:
+        raise ValueError("no parameter requires a gradient: there is nothing to train")
     if not len(x):
         return {name: p.new_zeros(0, *p.shape) for name, p in trained.items()}
 
@@ -56,12 +66,14 @@ def clip_and_sum(gradients, clip):
     """
     if not 0 < clip < math.inf:
         raise ValueError(f"clip is the largest norm that one row's gradient may have, above 0, not {clip}")
-    rows = [g.flatten(1) for g in gradients.values()]
-    norms = torch.stack([g.norm(dim=1) for g in rows], 1).norm(dim=1)  # (b,)
+    rows = [g.flatten(1) if g.dim() > 1 else g[:, None] for g in gradients.values()]
+    # in float64: in float32 the squares of a row of 1e-25 are 0, and it would not be clipped
+    norms = torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=torch.float64) for g in rows], 1).norm(dim=1)  # (b,)
     if not norms.isfinite().all():
         raise ValueError("a row's gradient is infinite or not a number: no clipping bounds that")
     scale = (clip / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
-    return {name: torch.einsum("b,b...->...", scale, g) for name, g in gradients.items()}, norms
+    clipped = {name: torch.einsum("b,b...->...", scale.to(g.dtype), g) for name, g in gradients.items()}
+    return clipped, norms.to(rows[0].dtype)
 
 
 def poisson_rows(rows, rate, generator=None):
@@ -127,7 +139,7 @@ def epsilon(rate, sigma, steps, delta):
         raise ValueError(f"sigma is the noise's standard deviation in units of clip, above 0, not {sigma}")
     if not 0 < delta < 1:
         raise ValueError(f"delta is a probability between 0 and 1, and best far below 1 / rows, not {delta}")
-    if steps < 0 or steps != int(steps):
+    if not 0 <= steps < math.inf or steps != int(steps):
         raise ValueError(f"steps is a whole number, 0 or more, not {steps}")
     if not steps:
         return 0.0

@@ -26,15 +26,19 @@ __all__ = ["LossScaler", "MasterWeights", "autocast", "average_gradients", "chec
 
 # What gains from 16 bits: sums of products, which the hardware adds up in 32 …
 LOW = frozenset(
-    "linear bilinear matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv addbmm baddbmm chain_matmul einsum "
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d scaled_dot_product_attention".split()
+    "linear bilinear matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv addbmm baddbmm chain_matmul einsum conv1d "
+    "conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc scaled_dot_product_attention "
+    "multi_head_attention_forward addr linalg_multi_dot linalg_vecdot prelu lstm_cell gru_cell rnn_tanh_cell "
+    "rnn_relu_cell".split()
 )
 # … and what loses: exponents, powers, long sums, losses.
 FULL = frozenset(
-    "exp expm1 log log10 log1p log2 pow __pow__ rsqrt reciprocal sinh cosh tan acos asin erfinv sum prod cumsum "
-    "cumprod norm dist cdist renorm softmax log_softmax softmin softplus layer_norm group_norm cosine_similarity "
-    "cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy_with_logits "
-    "poisson_nll_loss cosine_embedding_loss margin_ranking_loss hinge_embedding_loss triplet_margin_loss".split()
+    "exp expm1 log log10 log1p log2 pow __pow__ __rpow__ rsqrt reciprocal sinh cosh tan acos asin erfinv sum prod "
+    "cumsum cumprod norm linalg_vector_norm linalg_matrix_norm dist cdist pdist renorm logsumexp softmax "
+    "log_softmax softmin softplus layer_norm group_norm rms_norm cosine_similarity multi_margin_loss "
+    "multilabel_margin_loss soft_margin_loss cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss "
+    "kl_div binary_cross_entropy_with_logits poisson_nll_loss cosine_embedding_loss margin_ranking_loss "
+    "hinge_embedding_loss triplet_margin_loss".split()
 )
 
 
@@ -68,9 +72,9 @@ class autocast(TorchFunctionMode):
     parameters stay float32, and so do their gradients. A parameter is cast once and used again until the block ends.
     float64 is left alone. Leave the block before backward.
 
-    The lists are those of torch.autocast on a GPU; on a CPU torch keeps softmax, norms and sums in 16 bits. This sees
-    calls by their Python names: what a ready-made function calls inside of it (multi_head_attention_forward, LSTM)
-    computes in what it was given, where torch's dispatcher looks at each operation.
+    The lists follow torch.autocast's for a GPU; on a CPU torch keeps softmax, norms and sums in 16 bits. This sees
+    calls by their Python names: what a ready-made function calls inside of it (multi_head_attention_forward) computes
+    in what it was given, where torch's dispatcher looks at each operation. nn.LSTM and nn.GRU want float32.
 
     Sends nothing. Raises ValueError as `check_precision`.
     """
@@ -168,12 +172,17 @@ class LossScaler:
             raise RuntimeError(f"this optimizer's gradients are {done} already: once for each step, then update()")
         held = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in held if p.grad is not None]
+        gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]  # FSDP2's: this rank's shards
+        if not self._scale:
+            raise RuntimeError(
+                "the scale has fallen to 0: the gradients were infinite or NaN at any scale, so it is not the precision"
+            )
         if any(g.dtype == torch.float16 for g in gradients):
             raise ValueError(
                 "these gradients are float16: unscaled there, the small ones would be lost after all. Keep float32 "
                 "parameters under autocast, or wrap the model in MasterWeights and give the optimizer its parameters()"
             )
-        device = held[0].device
+        device = held[0].device if held else "cpu"  # a rank may hold no parameters, and has to agree all the same
         overflow = torch.zeros((), device=device)
         for g in gradients:
             overflow.clamp_(min=(~(g._values() if g.is_sparse else g).isfinite().all()).to(device).float())

@@ -38,6 +38,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+MESSAGES = ("keys", "shares", "masked", "answers")  # what a client sends, in this order
 KEY_BYTES, SHARE_BYTES = 64, 64  # two public keys; three shares of 16 bytes and the seal that they are unaltered
 HALF, FIELD = 2**31, 2**32
 
@@ -125,7 +126,7 @@ def _key_pair():
 
 
 class Client:
-    """One client in one round: `keys`, `shares`, `masked`, `answers`, in this order, each once.
+    """One client in one round: `keys`, `shares`, `masked`, `answers`, in this order, each once, or RuntimeError.
 
     number     its number, the same for everybody; clients are told apart and put in order by it.
     clients    how many there are; threshold: how many have to answer so that the sum can be unmasked.
@@ -137,14 +138,16 @@ class Client:
         self.channel_private, self._channel_public = _key_pair()  # for the shares' envelopes
         self.private, self._public = _key_pair()  # for the pair masks
         self.seed = secrets.token_bytes(16)  # of the own mask
-        self._kept, self._answered = {}, False
+        self._kept, self._sent = {}, []
 
     def keys(self):
         """The two public keys, 64 bytes."""
+        self._sends("keys", "a round has one pair of keys for each client")
         return self._channel_public + self._public
 
     def shares(self, keys):
         """{client: 64 bytes that only it can open}. keys: {client: its 64 bytes}, with this client's own."""
+        self._sends("shares", "two letters under one key would show what they differ in")
         check_enough(keys, range(self.clients), self.threshold, "sent keys")
         self._keys = keys
         order = sorted(keys)
@@ -160,9 +163,13 @@ class Client:
         return sealed
 
     def masked(self, vector, shares):
-        """The masked vector, int32. vector: `encode`d, flat. shares: {client: what it sent for this one}."""
-        if len(self._kept) != 1:
-            raise RuntimeError(f"client {self.number} masks once: a second vector under the same masks would show both")
+        """The masked vector, int32. vector: `encode`d, (d,). shares: {client: what it sent for this one}."""
+        if vector.dtype != torch.int32 or vector.dim() != 1:
+            raise ValueError(
+                f"client {self.number} masks a flat vector of int32, as encode gives it, not {vector.dtype} of shape "
+                f"{list(vector.shape)}: others would be cut short, or have rows under one and the same mask"
+            )
+        self._sends("masked", "a second vector under the same masks would show both")
         for other, box in shares.items():
             try:
                 self._kept[other] = self._envelope(other, self.number).decrypt(bytes(12), box, None)
@@ -181,11 +188,17 @@ class Client:
 
         arrived: the clients of which the server has a masked vector.
         """
-        if self._answered:
-            raise RuntimeError(f"client {self.number} has answered: two answers could give both secrets of a client")
+        self._sends("answers", "two answers could give both secrets of a client")
         check_enough(arrived, self._kept, self.threshold, "sent their vectors")
-        self._answered = True
         return {c: three[:16] if c in arrived else three[16:] for c, three in self._kept.items()}
+
+    def _sends(self, message, once):
+        due = MESSAGES[len(self._sent) :]
+        if message in self._sent:
+            raise RuntimeError(f"client {self.number} has sent its {message}: {once}")
+        if message != due[0]:
+            raise RuntimeError(f"client {self.number} sends its {due[0]} before its {message}: {', '.join(MESSAGES)}")
+        self._sent.append(message)
 
     def _envelope(self, sender, receiver):
         """The cipher for one direction between two clients; its key is used for one message."""
@@ -232,7 +245,7 @@ def check_threshold(clients, threshold):
         raise ValueError(
             f"{clients} clients: from the sum of two each could work out the other's vector; have 3 or more"
         )
-    if not clients / 2 < threshold <= clients:
+    if threshold != int(threshold) or not clients / 2 < threshold <= clients:
         raise ValueError(
             f"a threshold of {threshold} for {clients} clients: it has to be more than half of them, "
             f"{clients // 2 + 1} to {clients}, or the server could ask two halves for the two secrets of one client"

@@ -15,9 +15,17 @@ import torch
 import torch.distributed as dist
 
 from .point_to_point import exchange, place, wait, within
-from .secure_aggregation import KEY_BYTES, SHARE_BYTES, Client, check_enough, check_threshold, decode, encode, unmask
-
-MESSAGES = ("keys", "shares", "masked", "answers")
+from .secure_aggregation import (
+    KEY_BYTES,
+    MESSAGES,
+    SHARE_BYTES,
+    Client,
+    check_enough,
+    check_threshold,
+    decode,
+    encode,
+    unmask,
+)
 
 
 def secure_sum(vectors, clients, threshold=None, *, fraction_bits=16, silent=None, server=0, group=None):
@@ -36,6 +44,8 @@ def secure_sum(vectors, clients, threshold=None, *, fraction_bits=16, silent=Non
     threshold = clients // 2 + 1 if threshold is None else threshold
     check_threshold(clients, threshold)
     silent = silent or {}
+    if unknown := sorted(set(silent) - set(range(clients))):
+        raise ValueError(f"silent: there is no client {unknown[0]}, they are numbered 0 to {clients - 1}")
     if wrong := set(silent.values()) - set(MESSAGES):
         raise ValueError(f"silent says from which message on: one of {', '.join(MESSAGES)}, not {sorted(wrong)[0]!r}")
     hosts, size = _agree(vectors, clients, group)

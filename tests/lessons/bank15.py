@@ -500,6 +500,12 @@ def adds_a_little(gradients, clip):
     return (gradients * (clip / norms).clamp(max=1)).sum(0)
 
 
+@mistake("clip_and_add", "a short row's length was taken to be 1e-3")
+def has_a_floor(gradients, clip):
+    norms = gradients.norm(dim=1, keepdim=True).clamp(min=1e-3)
+    return (gradients * (clip / norms).clamp(max=1)).sum(0)
+
+
 @mistake("clip_and_add", "rows longer than clip are left out")
 def throws_away(gradients, clip):
     return gradients[gradients.norm(dim=1) <= clip].sum(0)

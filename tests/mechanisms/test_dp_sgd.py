@@ -254,3 +254,27 @@ def test_bad_input_is_named(ranks_of):
     with pytest.raises(RankError, match="infinite or not a number"):
         ranks.run(lambda: private_gradient(Net(0), squares, rows(2)[0] / 0, rows(2)[1], clip=1.0, sigma=1.0, expected=1,
                                            generator=torch.Generator()), quiet=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4])
+def test_what_mixes_rows_is_refused_by_name(rows):
+    x, y = torch.randn(rows, 3), torch.randn(rows, 2)
+    for norm in (nn.BatchNorm1d(4), nn.BatchNorm1d(4, track_running_stats=False).eval()):
+        model = nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2))
+        with pytest.raises(ValueError, match="1 is a BatchNorm1d: it mixes the rows of a batch"):
+            per_sample_gradients(model, nn.functional.mse_loss, x, y)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        per_sample_gradients(nn.Sequential(model[0]), nn.functional.mse_loss, x, y)
+
+
+def test_a_parameter_without_dimensions_and_rows_beyond_float32s_squares():
+    gradients = {"temperature": torch.tensor([3.0, 0.0, 1e-25]), "weight": torch.tensor([[4.0], [1e25], [0.0]])}
+    total, norms = clip_and_sum(gradients, 1e-10)
+    assert torch.allclose(norms, torch.tensor([5.0, 1e25, 1e-25]), rtol=1e-6, atol=0)
+    assert torch.allclose(total["temperature"], torch.tensor(0.6e-10), rtol=1e-6, atol=0)
+    assert torch.allclose(total["weight"], torch.tensor([1.8e-10]), rtol=1e-6, atol=0)
+    short = clip_and_sum({name: g[2:] for name, g in gradients.items()}, 1e-26)[0]["temperature"]
+    assert torch.allclose(short, torch.tensor(1e-26), rtol=1e-6, atol=0)
+    assert clip_and_sum({"temperature": torch.zeros(0)}, 1.0)[0]["temperature"] == 0

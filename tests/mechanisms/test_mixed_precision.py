@@ -573,3 +573,66 @@ def test_on_a_gpu_it_is_torchs(dtype):
         found.append((loss, scaler.get_scale(), state(model)))
     assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
     assert all(torch.allclose(found[0][2][k], p, 1e-3, 1e-5) for k, p in found[1][2].items())
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+    lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval(),
+    lambda: nn.PReLU(),
+], ids=["attention", "attention, eval", "PReLU"])  # fmt: skip
+def test_ready_made_modules_after_a_layer(make):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 8), make()), torch.randn(2, 3, 8)
+    with autocast(torch.bfloat16):
+        y = net(x)
+    y.float().square().mean().backward()
+    assert torch.allclose(y.float(), net(x), atol=0.1)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+def fsdp2_scales(scaler):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    net, scales = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3)), []
+    fully_shard(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for step in range(6):
+        optimizer.zero_grad()
+        scaler.scale(net(torch.ones(2, 8)).square().mean()).backward()
+        if step == 2 and dist.get_rank() == 1:
+            net[0].weight.grad.to_local()[0, 0] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    return scales, net[0].weight.full_tensor()
+
+
+def test_fsdp2s_shards_are_scaled_as_gradscaler_does(ranks_of):
+    def both():
+        torchs = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+        return fsdp2_scales(LossScaler(1024.0, growth_interval=3)), fsdp2_scales(torchs)
+
+    for ours, torchs in ranks_of(4).run(both, quiet=True):
+        assert ours[0] == torchs[0] == [1024, 1024, 512, 512, 512, 1024] and torch.equal(ours[1], torchs[1])
+
+
+def test_a_rank_that_holds_nothing_agrees_with_the_others(ranks_of):
+    def step():
+        rank = dist.get_rank()
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.full((3,), math.inf if rank == 0 else 1.0)
+        optimizer = torch.optim.SGD([{"params": [] if rank == 2 else [p]}], lr=0.1)
+        return LossScaler(4.0).step(optimizer)
+
+    assert ranks_of(4).run(step, quiet=True) == [False] * 4
+
+
+def test_a_scale_that_has_fallen_to_nothing_is_told():
+    p, scaler = nn.Parameter(torch.ones(1)), LossScaler(2.0**-149, agree=False)
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    p.grad = torch.full((1,), math.nan)
+    scaler.step(optimizer)
+    scaler.update()
+    with pytest.raises(RuntimeError, match="the scale has fallen to 0: the gradients were infinite or NaN at any"):
+        scaler.step(optimizer)

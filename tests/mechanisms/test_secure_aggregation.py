@@ -191,7 +191,7 @@ def test_a_slow_client_that_was_declared_gone_stays_hidden():
     assert torch.equal(add(late, negative(own_mask(clients[2].seed, BIG))), vectors[2])
     assert all(len(answers[c][2]) == 32 for c in (0, 1))  # … and nobody gave a share of its seed
     for c in (0, 1):
-        with pytest.raises(RuntimeError, match="has answered"):
+        with pytest.raises(RuntimeError, match="has sent its answers"):
             clients[c].answers({0, 1, 2})
 
 
@@ -217,8 +217,29 @@ def test_a_box_opens_for_its_receiver_only_and_only_unaltered():
 
 def test_no_second_vector_under_the_same_masks():
     clients, _, boxes, *_ = one_round([encode(vector(c), N) for c in range(N)])
-    with pytest.raises(RuntimeError, match="client 3 masks once"):
+    with pytest.raises(RuntimeError, match="client 3 has sent its masked: a second vector under the same masks"):
         clients[3].masked(encode(vector(9), N), {o: boxes[o][3] for o in range(N) if o != 3})
+
+
+def test_a_client_sends_each_message_once_and_in_order():
+    client = Client(0, 3, 2)
+    with pytest.raises(RuntimeError, match="client 0 sends its keys before its masked: keys, shares, masked, answers"):
+        client.masked(encode(vector(0), 3), {})
+    keys = {0: client.keys()} | {c: Client(c, 3, 2).keys() for c in (1, 2)}
+    with pytest.raises(RuntimeError, match="client 0 sends its shares before its answers"):
+        client.answers({0, 1, 2})
+    client.shares(keys)
+    with pytest.raises(RuntimeError, match="has sent its shares: two letters under one key"):
+        client.shares(keys)
+
+
+@pytest.mark.parametrize("bad", [torch.ones(4), torch.tensor([2**40]), torch.ones(2, 3, dtype=torch.int32)], ids=str)
+def test_only_what_the_masks_cover_is_masked(bad):
+    """A float would lose its fraction, a long integer its upper half, and rows would share one mask."""
+    client = Client(0, 3, 2)
+    client.shares({0: client.keys()} | {c: Client(c, 3, 2).keys() for c in (1, 2)})
+    with pytest.raises(ValueError, match="client 0 masks a flat vector of int32, as encode gives it"):
+        client.masked(bad, {})
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------
