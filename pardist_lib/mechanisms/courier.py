@@ -10,6 +10,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import _world
 
 from .collectives import ring_all_gather, ring_reduce_scatter
+from .point_to_point import place
+from .ring_collectives import prepared_ring_all_gather
 
 # their names since torch 2.13, and before
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -50,6 +52,28 @@ def all_gather_line(line, shard, sizes, group=None, async_op=False):
     if len(set(sizes)) == 1:
         return line, all_gather_single(line, shard, group, async_op)
     return line, dist.all_gather(list(line.split(sizes)), shard, group, async_op)
+
+
+def prepared_gather(lines, group=None):
+    """Gather lines, [(line, sizes)], on which this rank's shard lies already, in two parts: this asks for the first
+    receipt and returns a function that does the rest. The shard may change in between.
+
+    gloo's sender waits to be told that its receipt has been asked for. What is asked for before the optimizer computes
+    is known by the time it is done.
+    """
+    rank, _ = place(group)
+    long = [by_ring(line, sizes, group) for line, sizes in lines]
+    go_round = prepared_ring_all_gather(
+        [line.split(sizes) for (line, sizes), ring in zip(lines, long, strict=True) if ring], group
+    )
+
+    def rest():
+        go_round()
+        for (line, sizes), ring in zip(lines, long, strict=True):
+            if not ring:
+                all_gather_line(line, line.split(sizes)[rank], sizes, group)
+
+    return rest
 
 
 class Courier:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from .courier import Courier, all_gather_line
+from .courier import Courier, prepared_gather
 from .flat_shards import (
     FlatShards,
     UsedParameters,
@@ -65,7 +65,7 @@ class ShardedOptimizer(Optimizer):
         self.find_unused_parameters, self.bucket_bytes = find_unused_parameters, bucket_mb * 2**20
         self.early = overlap and reduce_gradients and not find_unused_parameters  # else all leave in `step`
         self.courier = Courier(group, overlap)
-        self.lines, self.sharded, self.reduced = [], set(), False
+        self.lines, self.sharded, self.reduced, self.gather = [], set(), False, None
         super().__init__(params, defaults)
         shards = self._shard([p for g in self.param_groups for p in g["params"]])
         groups = [{**g, "params": [shards.get(p, p) for p in g["params"]]} for g in self.param_groups]
@@ -124,10 +124,11 @@ class ShardedOptimizer(Optimizer):
                 loss = closure()
         self.reduce()
         self._give_settings()  # what a scheduler has changed
+        self.gather = self.gather or prepared_gather([(line.line, line.sizes) for line in self.lines], self.group)
         self.inner.step()
         self._forget()
-        for line in self.lines:  # there is nothing to compute meanwhile: not by the courier
-            all_gather_line(line.line, line.shard, line.sizes, self.group)
+        self.gather()
+        self.gather = None  # else, where the inner step fails, the next one goes on with what was asked for
         return loss
 
     @torch.no_grad()
