@@ -11,7 +11,8 @@ __all__ = ["Bucket", "fill_buckets", "same_on_all_ranks", "synchronise"]
 @dataclass(eq=False)
 class Bucket:
     """Parameters whose gradients travel together. `flat` holds them in one line; `views[i]` is the part of `flat`
-    that belongs to `parameters[i]`, in its shape."""
+    that belongs to `parameters[i]`, in its shape and its order in memory (channels last, say), as autograd makes
+    gradients: optimizers with fused=True count on it."""
 
     index: int
     parameters: list
@@ -33,9 +34,15 @@ def fill_buckets(tensors, bucket_mb=25, first_bucket_mb=None):
     buckets = []
     for index, members in enumerate([*closed, *open_ones.values()]):
         flat = torch.zeros(sum(m.numel() for m in members), dtype=members[0].dtype, device=members[0].device)
-        views = [part.view(m.shape) for part, m in zip(flat.split([m.numel() for m in members]), members, strict=True)]
+        parts = flat.split([m.numel() for m in members])
+        views = [part.as_strided(m.shape, _strides(m)) for part, m in zip(parts, members, strict=True)]
         buckets.append(Bucket(index, members, flat, views))
     return buckets
+
+
+def _strides(t):
+    """The order of t's elements in memory, without gaps."""
+    return torch.empty_like(t, device="meta").stride()
 
 
 @torch.no_grad()
@@ -44,7 +51,7 @@ def synchronise(tensors, group=None, bucket_mb=25):
     for bucket in fill_buckets([t.detach() for t in tensors], bucket_mb):
         for t, view in zip(bucket.parameters, bucket.views, strict=True):
             view.copy_(t)
-        dist.broadcast(bucket.flat, group=group, group_src=0)
+        dist.broadcast(bucket.flat.view(torch.uint8), group=group, group_src=0)  # gloo does not know every dtype
         for t, view in zip(bucket.parameters, bucket.views, strict=True):
             t.copy_(view)
 
@@ -52,7 +59,7 @@ def synchronise(tensors, group=None, bucket_mb=25):
 def same_on_all_ranks(module, group):
     """Raise ValueError, on every rank, where the ranks' models cannot be averaged tensor by tensor."""
     kinds = [("parameter", module.named_parameters()), ("buffer", module.named_buffers())]
-    mine = [(kind, name, f"{str(t.dtype)[6:]} {list(t.shape)}" + ", to be trained" * t.requires_grad)
+    mine = [(kind, name, f"{str(t.dtype)[6:]} {list(t.shape)}{_order(t)}" + ", to be trained" * t.requires_grad)
             for kind, tensors in kinds for name, t in tensors]  # fmt: skip
     everyone = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
@@ -64,3 +71,8 @@ def same_on_all_ranks(module, group):
         if len(theirs) != len(everyone[0]):
             counts = f"{len(everyone[0])} tensors on rank 0, {len(theirs)} on rank {rank}"
             raise ValueError(f"the ranks' models differ: {counts}")
+
+
+def _order(t):
+    like = torch.empty_like(t, device="meta")
+    return "" if like.is_contiguous() else f" with strides {list(like.stride())}"

@@ -9,8 +9,12 @@ sum over ranks in `bucket.flat`, the same on every rank.
     DataParallel(model, comm_hook=PowerSGD(rank=2))          each matrix as a product of two thin ones
 
 TopK and PowerSGD remember what they left out, per bucket and rank, and add it to the next gradient (error feedback):
-left out is then only postponed. One object belongs to one DataParallel.
+left out is then only postponed. One object belongs to one DataParallel; to resume a training, torch.save it as well, on
+each rank. What is not finite is sent, for a loss scaler to see, and forgotten. What is remembered has the loss scale of
+its step in it: keep the scale as it is.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
@@ -22,10 +26,14 @@ def half_precision(dtype=torch.float16):
     """Gradients travel as `dtype` (float16 or bfloat16) and come back as what they were.
 
     Hands 2 bytes an element to all_reduce. The sum is made in `dtype`, too: about 3 digits (float16, up to 65,504) or
-    2 (bfloat16, as far as float32) are kept.
+    2 (bfloat16, as far as float32) are kept. Raises ValueError for another dtype, TypeError for complex gradients.
     """
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"gradients travel as torch.float16 or torch.bfloat16, not {dtype}")
 
     def hook(bucket, group):
+        if bucket.flat.is_complex():
+            raise TypeError(f"{dtype} has no place for the imaginary part of {bucket.flat.dtype} gradients: use TopK")
         short = bucket.flat.to(dtype)
         work = dist.all_reduce(short, group=group, async_op=True)
 
@@ -58,11 +66,11 @@ class TopK:
         flat = bucket.flat
         if bucket.index in self.left:
             flat += self.left[bucket.index]
-        k = max(1, int(self.ratio * flat.numel()))
+        k = min(max(1, int(self.ratio * flat.numel())), flat.numel())
         places = flat.abs().topk(k, sorted=False).indices
         values, count = flat[places], dist.get_world_size(group)
         if self.error_feedback:
-            self.left[bucket.index] = flat.index_fill(0, places, 0)
+            self.left[bucket.index] = flat.index_fill(0, places, 0).nan_to_num_(0, 0, 0)
         short = places.to(torch.int32 if flat.numel() < 2**31 else torch.int64)
         message = torch.cat([values.view(torch.uint8), short.view(torch.uint8)])  # one message instead of two
         everyone = [torch.empty_like(message) for _ in range(count)]
@@ -87,6 +95,7 @@ class PowerSGD:
     all-reduced as they are, in one piece.
 
     Hands rank·(rows + columns) elements of each compressed matrix to all_reduce, and all elements of the others.
+    Raises TypeError for gradients that are not float32 or float64.
     """
 
     def __init__(self, rank=1, error_feedback=True, seed=0):
@@ -101,11 +110,13 @@ class PowerSGD:
 
     def __call__(self, bucket, group):
         flat, index = bucket.flat, bucket.index
+        if flat.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"PowerSGD takes float32 or float64 gradients, not {flat.dtype}: use TopK instead")
         if index in self.left:
             flat += self.left[index]
         own = flat.clone() if self.error_feedback else None
-        matrices = [v.view(v.shape[0], -1) for v in bucket.views if self.compresses(v.shape)]
-        others = [v for v in bucket.views if not self.compresses(v.shape)]
+        large, others = ([v for v in bucket.views if self.compresses(v.shape) is c] for c in (True, False))
+        matrices = [v.reshape(v.shape[0], -1) for v in large]
         if index not in self.right:
             self.right[index] = self._first(matrices)
         right = [torch.linalg.qr(q).Q for q in self.right[index]]
@@ -121,13 +132,15 @@ class PowerSGD:
             new = _together([m.mT @ p for m, p in zip(matrices, left.parts, strict=True)], flat)
             if matrices:
                 dist.all_reduce(new.flat, group=group)
-            for m, p, q in zip(matrices, left.parts, new.parts, strict=True):
-                torch.mm(p, q.mT, out=m)
+            for v, p, q in zip(large, left.parts, new.parts, strict=True):
+                v.copy_((p @ q.mT).view(v.shape))
             for v, total in zip(others, rest.parts, strict=True):
                 v.copy_(total.view_as(v))
-            self.right[index] = new.parts
+            # A Q of zeros (nothing was learnt in this step) or of NaNs is no place to begin the next step.
+            self.right[index] = [q if 0 < q.abs().max() < math.inf else old
+                                 for q, old in zip(new.parts, self.right[index], strict=True)]  # fmt: skip
             if self.error_feedback:  # this rank's n-th of the difference: the ranks' add up to what was left out
-                self.left[index] = own.sub_(flat, alpha=1 / dist.get_world_size(group))
+                self.left[index] = own.sub_(flat, alpha=1 / dist.get_world_size(group)).nan_to_num_(0, 0, 0)
                 for v, e in zip(bucket.views, own.split([v.numel() for v in bucket.views]), strict=True):
                     if not self.compresses(v.shape):
                         e.zero_()

@@ -6,6 +6,7 @@ Experiences on Accelerating Data Parallel Training", 2020, section 3).
 """
 
 import math
+import sys
 import weakref
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
+from .batches import rows_of, tensors_in, without_rows
 from .buckets import fill_buckets, same_on_all_ranks, synchronise
 from .point_to_point import place
 from .sync_batch_norm import SyncBatchNorm
@@ -46,14 +49,16 @@ class DataParallel(nn.Module):
     differently are made equal (models of different shape are an error). In each backward the gradients go into
     buckets in the reverse order of module.parameters(), about the order in which they are computed. A full bucket is
     all-reduced while backward computes on. Buckets start in the order of their numbers, on every rank, whichever is
-    full first. When backward returns, all have arrived. p.grad is a view of its bucket: no second copy is kept.
+    full first. When backward returns, all have arrived. p.grad is a view of its bucket: no second copy is kept, and
+    the next backward writes there again (clone a gradient that is to be kept).
 
     bucket_mb                close a bucket at this size, in MB of 2^20 bytes; the first one at first_bucket_mb, so
                              that something travels early.
     overlap                  False: nothing is sent before backward has computed everything.
     find_unused_parameters   as in DistributedDataParallel: needed where a backward does not reach every parameter.
                              Ranks then tell each other which ones they used: 1 byte a parameter more. What no rank
-                             used keeps None; where some did, the others count as zeros.
+                             used keeps None; where some did, the others count as zeros. Nothing overlaps then: ranks
+                             that use different layers would start their buckets between different calls of the model.
     sync_batch_norm          replace the module's BatchNorm layers by `SyncBatchNorm`: nothing else is equal to one
                              process with the whole batch.
     broadcast_buffers        True: before each forward in training, buffers are set to those of the first rank, as
@@ -67,13 +72,17 @@ class DataParallel(nn.Module):
     Bytes per rank and step: S (the trainable parameters') are handed to all_reduce, which as a ring sends
     2·(n − 1)/n·S. Forward sends nothing (but buffers, BatchNorm's statistics).
 
-    Frozen parameters are left alone, tied ones count once; freeze before wrapping. The mean over ranks is that of
-    the whole batch where all ranks have as many rows; for others see `weight` and `join`. After backward all ranks
-    hold the same gradients, so torch's clip_grad_norm_ clips by the global norm without sending anything. Gradients
-    taken with torch.autograd.grad are not averaged; use non-reentrant checkpoints.
+    Frozen parameters are left alone, tied ones count once; freeze before wrapping (what is frozen later is left alone,
+    but travels as zeros). The mean over ranks is that of the whole batch where all ranks have as many rows; for others
+    see `weight` and `join`. After backward all ranks hold the same gradients, so torch's clip_grad_norm_ clips by the
+    global norm without sending anything. Gradients taken with torch.autograd.grad are not averaged. A backward has to
+    reach at least one parameter on every rank; after one that raised, on all ranks, zero_grad() to None and go on.
+    A deep copy averages its own gradients.
 
     Raises ValueError: ranks' models of different shapes, nothing to train, a bucket of size 0, a module that is
-    wrapped already; in forward, for a batch without rows.
+    wrapped already, Embedding(max_norm=…); in a forward to be trained, for a batch (the first tensor) without rows.
+    RuntimeError: parameters to be trained that were not there when it was wrapped; in backward, a reentrant checkpoint,
+    create_graph=True, sparse gradients, parameters without a gradient, and a wrapper that no variable holds any more.
     """
 
     def __init__(self, module, group=None, bucket_mb=25, overlap=True, *, first_bucket_mb=1, comm_hook=all_reduce_hook,
@@ -84,27 +93,48 @@ class DataParallel(nn.Module):
         same_on_all_ranks(module, group)
         if not any(p.requires_grad for p in module.parameters()):
             raise ValueError(f"{type(module).__name__} has no trainable parameters: there is no gradient to average")
-        self.group, self.overlap, self.comm_hook = group, overlap, comm_hook
+        self.group, self.overlap, self.comm_hook = group, overlap and not find_unused_parameters, comm_hook
         self.find_unused_parameters, self.broadcast_buffers = find_unused_parameters, broadcast_buffers
         self.module = SyncBatchNorm.convert(module, group) if sync_batch_norm else module
         synchronise([*module.parameters(), *module.buffers()], group, bucket_mb)
+        self._syncing, self._joining = True, False
+        self._listen({p: name for name, p in module.named_parameters() if p.requires_grad}, bucket_mb, first_bucket_mb)
 
-        self.names = {p: name for name, p in module.named_parameters() if p.requires_grad}
-        self.buckets = fill_buckets(list(self.names)[::-1], bucket_mb, first_bucket_mb)
+    def _listen(self, names, *sizes):
+        self.names, self._sizes = names, sizes
+        self.buckets = fill_buckets(list(names)[::-1], *sizes)
         self._home = {p: (b, view) for b in self.buckets for p, view in zip(b.parameters, b.views, strict=True)}
         arrived = partial(_arrived, weakref.ref(self))  # else the parameters would keep this wrapper alive
-        self._hooks = [p.register_post_accumulate_grad_hook(arrived) for p in self.names]
-        self._syncing, self._joining, self._backward = True, False, None
+        self._hooks = [p.register_post_accumulate_grad_hook(arrived) for p in names]
+        self._backward, self._ends = None, []
+
+    def __getstate__(self):
+        made_anew = "buckets", "_home", "_hooks", "_backward", "_ends"
+        return {name: value for name, value in vars(self).items() if name not in made_anew}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._listen(self.names, *self._sizes)
 
     def forward(self, *args, **kwargs):
-        if not self._joining and any(isinstance(a, torch.Tensor) and a.dim() and not len(a) for a in args):
+        if torch.is_grad_enabled():
+            self._check_forward([*args, *kwargs.values()])
+            if self.broadcast_buffers and self._syncing and self.training:
+                synchronise(list(self.module.buffers()), self.group)
+        return self.module(*args, **kwargs)
+
+    def _check_forward(self, given):
+        if not self._joining and any(not len(batch) for batch in tensors_in(given)[:1]):
             raise ValueError(
                 f"rank {dist.get_rank(self.group)} has no rows: this batch is smaller than the {self.n} ranks. "
                 "`for batch, weight in model.join(batches)` gives a rank without rows the weight 0"
             )
-        if self.broadcast_buffers and self._syncing and self.training and torch.is_grad_enabled():
-            synchronise(list(self.module.buffers()), self.group)
-        return self.module(*args, **kwargs)
+        for name, p in self.module.named_parameters():
+            if p.requires_grad and p.is_leaf and p not in self.names:
+                raise RuntimeError(
+                    f"{name} is to be trained, but was not when the module was wrapped: it would be trained on each "
+                    "rank for itself. Wrap after this change: DataParallel(model.unwrap())"
+                )
 
     @contextmanager
     def no_sync(self):
@@ -121,8 +151,10 @@ class DataParallel(nn.Module):
     def weight(self, rows):
         """By what to multiply the mean loss of this rank's `rows` rows, so that the ranks' mean is that of all rows.
 
-        That is n·rows / (rows of all ranks); 1 where all have as many. Called on every rank; sends 8 bytes.
+        That is n·rows / (rows of all ranks); 1 where all have as many. Called on every rank; sends 8 bytes. Where rows
+        have weights (cross_entropy's `weight`), `rows` is the sum of theirs.
         """
+        rows = float(rows)
         total = self._sum(rows)
         return self.n * rows / total if total else 0.0
 
@@ -136,13 +168,13 @@ class DataParallel(nn.Module):
         """
         batches = iter(batches)
         batch = next(batches, None)
-        if without := self._sum(batch is None):
+        if without := int(self._sum(batch is None)):
             raise ValueError(f"{without} of {self.n} ranks have no batch at all: there are fewer rows than ranks?")
         self._joining = True
         try:
-            while total := self._sum(rows := 0 if batch is None else _rows(batch)):
+            while total := self._sum(rows := 0 if batch is None else rows_of(batch)):
                 if batch is not None:
-                    none = _without_rows(batch)
+                    none = without_rows(batch)
                 yield (none if batch is None else batch), self.n * rows / total
                 batch = next(batches, None)
         finally:
@@ -162,7 +194,11 @@ class DataParallel(nn.Module):
             return _move(p, view, 1, self.names)
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:  # the first gradient of this backward
-            self._backward, self._started, self._ends = backward, 0, []
+            if _in_a_checkpoint():
+                raise RuntimeError("a checkpoint runs a backward within backward, and neither sees all gradients: use "
+                                   "checkpoint(…, use_reentrant=False)")  # fmt: skip
+            self._wait()  # for what a backward that raised has left: it would still write into the buckets
+            self._backward, self._started = backward, 0
             for b in self.buckets:
                 b.missing = set(b.parameters)
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
@@ -192,16 +228,15 @@ class DataParallel(nn.Module):
         for bucket in self.buckets:
             bucket.missing = set()
         self._start_full_ones()
-        unused = [p for p in missing if p.grad is None]
+        unused = [p for p in missing if p.grad is None and p.requires_grad]
         if self.find_unused_parameters:
             used = torch.tensor([p.grad is not None for p in self.names], dtype=torch.uint8, device=self._device())
             self._ends.append(dist.all_reduce(used, dist.ReduceOp.MAX, self.group, async_op=True).wait)
-        for end in self._ends:
-            end()
-        self._backward, self._ends = None, []
+        self._wait()
+        self._backward = None
         if unused and not self.find_unused_parameters:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-            first = next(name for p, name in self.names.items() if p.grad is None)
+            first = next(name for p, name in self.names.items() if p.grad is None and p.requires_grad)
             raise RuntimeError(
                 f"{first}{more} got no gradient on rank {dist.get_rank(self.group)}: this backward does not reach "
                 "every parameter. Freeze what is never used, or pass find_unused_parameters=True"
@@ -211,8 +246,12 @@ class DataParallel(nn.Module):
             for p in unused:
                 p.grad = self._home[p][1] if anyone[p] else None
 
+    def _wait(self):
+        while self._ends:
+            self._ends.pop(0)()
+
     def _sum(self, number):
-        total = torch.tensor(int(number), device=self._device())
+        total = torch.tensor(number, dtype=torch.float64, device=self._device())
         dist.all_reduce(total, group=self.group)
         return total.item()
 
@@ -222,8 +261,17 @@ class DataParallel(nn.Module):
 
 def _arrived(wrapper, p):
     """The hook: it is given the parameter, not its gradient."""
-    if alive := wrapper():
+    if not (alive := wrapper()):
+        raise RuntimeError("the DataParallel that averages this gradient is gone: keep it in a variable, or unwrap()")
+    if p.grad is not None:  # None: a function that has no gradient for it
         alive._arrived(p)
+
+
+def _in_a_checkpoint():
+    frame = sys._getframe()
+    while frame and frame.f_code is not CheckpointFunction.backward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 @torch.no_grad()
@@ -231,6 +279,9 @@ def _move(p, view, n, names):
     """The gradient, divided by n, into its bucket, of which p.grad then is a part: one pass over the memory."""
     if p.grad.is_sparse:
         raise RuntimeError(f"the gradient of {names[p]} is sparse, which does not fit in a bucket: use sparse=False")
+    if p.grad.requires_grad:
+        raise RuntimeError("backward(create_graph=True): the mean over ranks could not be differentiated. Take such "
+                           "gradients with torch.autograd.grad(…, create_graph=True)")  # fmt: skip
     if p.grad is not view or n != 1:
         torch.mul(p.grad, 1 / n, out=view)
     p.grad = view
@@ -241,33 +292,15 @@ def _check(module, bucket_mb, first_bucket_mb):
         if not mb > 0 or math.isnan(mb):
             raise ValueError(f"{name} is a size above 0, not {mb}: 1e-6 puts every gradient in a bucket of its own")
     for name, m in module.named_modules():
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None:
+            raise ValueError(f"{name or 'the module'} has max_norm={m.max_norm}: forward changes the weight, on each "
+                             "rank for its own rows, and the ranks would drift apart. Use max_norm=None")  # fmt: skip
         if isinstance(m, (DataParallel, nn.parallel.DistributedDataParallel)):
             raise ValueError(f"{name or 'the module'} is a {type(m).__name__} already: its gradients are averaged once")
-    hooks = [hook for p in module.parameters() for hook in (p._post_accumulate_grad_hooks or {}).values()]
-    if any(getattr(hook, "func", None) is _arrived and hook.args[0]() for hook in hooks):
-        raise ValueError("another DataParallel averages these parameters already: use that one, or unwrap() it first")
-
-
-def _tensors(batch):
-    if isinstance(batch, torch.Tensor):
-        return [batch]
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (list, tuple)) else []
-    return [t for part in parts for t in _tensors(part)]
-
-
-def _rows(batch):
-    tensors = _tensors(batch)
-    if not tensors:
-        raise ValueError(f"join needs batches with tensors in them, not {type(batch).__name__}")
-    return len(tensors[0])
-
-
-def _without_rows(batch):
-    if isinstance(batch, torch.Tensor):
-        return batch[:0]
-    if isinstance(batch, dict):
-        return {key: _without_rows(part) for key, part in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        parts = map(_without_rows, batch)
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-    return batch
+    for hooks in (p._post_accumulate_grad_hooks or {} for p in module.parameters()):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "func", None) is not _arrived:
+                continue
+            if hook.args[0]():
+                raise ValueError("another DataParallel averages these parameters already: use it, or unwrap() it first")
+            del hooks[key]  # one that is gone

@@ -19,6 +19,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     In training a forward all-gathers each rank's mean, sum of squared deviations and count, (2·c + 1) numbers; a
     backward all-reduces 2·c. In evaluation it sends nothing and is plain BatchNorm.
 
+    16-bit inputs are normalised in float32, as torch does. Backward cannot be differentiated again.
+
     Raises ValueError where there is only one value for each channel on all ranks together.
     """
 
@@ -28,18 +30,30 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @classmethod
     def convert(cls, module, group=None):
-        """`module` with its BatchNorm layers replaced (in place, but for `module` itself); they keep their tensors."""
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+        """`module` with its BatchNorm layers replaced (in place, but for `module` itself); they keep their tensors.
+
+        Raises ValueError for a kind of BatchNorm with a forward of its own, which would be lost."""
+        kinds = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+        for m in module.modules():
+            if isinstance(m, kinds) and type(m).forward is not nn.BatchNorm1d.forward:
+                raise ValueError(
+                    f"{type(m).__name__} is a BatchNorm with a forward of its own, which would be lost: make a module "
+                    "beside it of what it does more, or pass sync_batch_norm=False"
+                )
+        if isinstance(module, kinds):
             new = cls(module.num_features, module.eps, module.momentum, False, False, group=group)
             new.__dict__.update(vars(module), group=group)
             return new
-        for name, child in module.named_children():
-            setattr(module, name, cls.convert(child, group))
+        for name, child in module._modules.items():  # named_children() leaves out what stands in two places
+            if child is not None:
+                module._modules[name] = cls.convert(child, group)
         return module
 
     def _check_input_dim(self, x):
         if x.dim() < 2:
             raise ValueError(f"expected (b, c, …), got {x.dim()} dimensions")
+        if x.shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, got {x.shape[1]}")
 
     def forward(self, x):
         if not self.training:
@@ -61,29 +75,35 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, group):
-        mean, squares, count = _statistics(x, group)
+        x32 = _at_least_float32(x)
+        mean, squares, count = _statistics(x32, group)
         if count < 2:
             raise ValueError(f"BatchNorm needs two values for each channel over all ranks, there is {int(count)}")
         variance = squares / count
         scale = torch.rsqrt(variance + eps)
-        xhat = (x - _wide(mean, x)) * _wide(scale, x)
-        ctx.save_for_backward(xhat, weight, scale)
+        y = (x32 - _wide(mean, x)) * _wide(scale, x)
+        if weight is not None:
+            y = y * _wide(weight, x)
+        if bias is not None:
+            y = y + _wide(bias, x)
+        ctx.save_for_backward(x, weight, mean, scale)
         ctx.count, ctx.group, ctx.has_bias = count, group, bias is not None
         ctx.mark_non_differentiable(mean, variance)
-        y = xhat if weight is None else xhat * _wide(weight, x) + _wide(bias, x)
-        return y, mean, variance, count
+        return y.to(x.dtype), mean, variance, count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
-        xhat, weight, scale = ctx.saved_tensors
+        x, weight, mean, scale = ctx.saved_tensors
+        dy = _at_least_float32(dy)
+        xhat = (_at_least_float32(x) - _wide(mean, x)) * _wide(scale, x)
         others = [d for d in range(dy.dim()) if d != 1]
         own = torch.stack([dy.sum(others), (dy * xhat).sum(others)])  # (2, c): the gradients of bias and weight
         total = own.clone()
         dist.all_reduce(total, group=ctx.group)
         shift, slope = total / ctx.count
         dx = (dy - _wide(shift, dy) - xhat * _wide(slope, dy)) * _wide(scale if weight is None else scale * weight, dy)
-        return dx, None if weight is None else own[1], own[0] if ctx.has_bias else None, None, None
+        return dx.to(x.dtype), None if weight is None else own[1], own[0] if ctx.has_bias else None, None, None
 
 
 def _statistics(x, group):
@@ -100,6 +120,11 @@ def _statistics(x, group):
     total = counts.sum()
     mean = (means * counts).sum(0) / total
     return mean, squares.sum(0) + ((means - mean).square() * counts).sum(0), total.item()
+
+
+def _at_least_float32(x):
+    """In 16 bits a count of rows would be rounded, and a sum of squares overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _wide(values, x):

@@ -92,7 +92,7 @@ def average_by_rows(parameters, rows, group=None, *, summed=False, total=None):
                           for p in together])  # fmt: skip
         dist.all_reduce(line, group=group)
         for p, mean in zip(together, line.split([p.numel() for p in together]), strict=True):
-            p.grad = mean.view_as(p).clone()
+            p.grad = torch.empty_like(p).copy_(mean.view_as(p))  # in p's order in memory, for fused optimizers
     return total
 
 

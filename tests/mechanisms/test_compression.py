@@ -1,5 +1,8 @@
 """Compressed gradients: against the arithmetic of one process, against torch's own hooks, and to the byte."""
 
+import io
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -231,6 +234,122 @@ def test_training_learns_and_the_ranks_stay_equal(ranks_of, make):
     for first, last, parameters in results:
         assert last < 0.7 * first
         assert all(torch.equal(a, b) for a, b in zip(parameters, results[0][2], strict=True))
+
+
+def steps_of(make, losses, model=None):
+    """Whether each step's gradient is finite, and the gradients."""
+    torch.manual_seed(0)
+    model = DataParallel(model or Net(), comm_hook=make())
+    found = []
+    for step, factor in enumerate(losses):
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        model.zero_grad()
+        (model(x).square().mean() * factor).backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return [bool(g.isfinite().all()) for g in found], found
+
+
+@pytest.mark.parametrize("make", [half_precision, lambda: TopK(0.2), lambda: PowerSGD(1)], ids=["half", "top", "power"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_seen_and_forgotten(ranks_of, make, bad):
+    def overflow():
+        return steps_of(make, [1, bad if dist.get_rank() == 2 else 1, 1, 1])[0]
+
+    assert ranks_of(4).run(overflow, quiet=True) == [[True, False, True, True]] * 4
+
+
+def test_power_sgd_begins_again_after_a_step_without_gradient(ranks_of):
+    """Where the first row and column are always 0 as well, a Q of zeros would be led nowhere for good."""
+
+    def dead_corner():
+        bucket, hook, sums = fill_buckets([nn.Parameter(torch.zeros(6, 6))])[0], PowerSGD(1), []
+        for step in range(3):
+            bucket.flat.zero_()
+            bucket.views[0][1:, 1:] = step
+            hook(bucket, None)()
+            sums.append(bucket.flat.sum().item())
+        return sums
+
+    for sums in ranks_of(4).run(dead_corner, quiet=True):
+        assert sums == pytest.approx([0, 100, 200], rel=1e-4)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scalar, self.empty = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.empty(0, dtype=torch.float64))
+        self.line, self.fc = nn.Parameter(torch.ones(6)), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.fc(x * self.line) * self.scalar + self.empty.sum()
+
+
+@pytest.mark.parametrize("make", [lambda: TopK(1), lambda: TopK(1e-9), lambda: PowerSGD(9)], ids=["all", "1", "power"])
+def test_a_bucket_for_each_of_very_small_parameters(ranks_of, make):
+    def small(exactly):
+        torch.manual_seed(0)
+        exact, ours = Small(), DataParallel(Small(), comm_hook=make(), bucket_mb=1e-7, first_bucket_mb=1e-7)
+        exact.load_state_dict(ours.module.state_dict())
+        sizes = [bucket.flat.numel() for bucket in ours.buckets]
+        whole = [torch.randn(5, 6, generator=torch.Generator().manual_seed(r)) for r in range(4)]
+        sum(exact(x).square().mean() / 4 for x in whole).backward()
+        ours(whole[dist.get_rank()]).square().mean().backward()
+        if exactly:
+            close([p.grad for p in ours.parameters()], [p.grad for p in exact.parameters()], 1e-5)
+        return sizes
+
+    assert 0 in ranks_of(4).run(small, make().__dict__.get("ratio") != 1e-9, quiet=True)[0]
+
+
+def test_power_sgd_does_not_depend_on_the_order_in_memory(ranks_of):
+    def convolution(layout):
+        torch.manual_seed(0)
+        conv = nn.Conv2d(3, 8, 3).to(memory_format=layout)
+        model, total = DataParallel(conv, comm_hook=PowerSGD(2)), 0
+        for step in range(3):
+            model.zero_grad()
+            x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(4 * step + dist.get_rank()))
+            model(x).square().mean().backward()
+            total = total + (step + 1) * conv.weight.grad
+        return total.contiguous()
+
+    plain, other = (ranks_of(4).run(convolution, layout, quiet=True)[0]
+                    for layout in (torch.contiguous_format, torch.channels_last))  # fmt: skip
+    torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_remembered_can_be_saved(ranks_of):
+    def resumed(make):
+        bucket, hook = fill_buckets([nn.Parameter(torch.zeros(shape)) for shape in SHAPES])[0], make()
+
+        def step(i, hook):
+            for view, g in zip(bucket.views, gradients(dist.get_rank(), i), strict=True):
+                view.copy_(g / 4)
+            hook(bucket, None)()
+            return bucket.flat.clone()
+
+        step(0, hook), step(1, hook)
+        file = io.BytesIO()
+        torch.save(hook, file)
+        file.seek(0)
+        return torch.equal(step(2, hook), step(2, torch.load(file, weights_only=False)))
+
+    for make in (lambda: TopK(0.2), lambda: PowerSGD(1)):
+        assert all(ranks_of(4).run(resumed, make, quiet=True))
+
+
+def test_dtypes_that_would_lose_something_are_refused(ranks_of):
+    def refuses(make, dtype, said):
+        [bucket] = fill_buckets([nn.Parameter(torch.zeros(4, 4, dtype=dtype))])
+        with pytest.raises(TypeError, match=said):
+            make()(bucket, None)
+
+    ranks = ranks_of(1)
+    ranks.run(refuses, half_precision, torch.complex64, "no place for the imaginary part .* use TopK", quiet=True)
+    for dtype in (torch.complex64, torch.bfloat16):
+        ranks.run(refuses, PowerSGD, dtype, f"not {dtype}: use TopK", quiet=True)
+    with pytest.raises(ValueError, match="torch.float16 or torch.bfloat16, not torch.int8"):
+        half_precision(torch.int8)
 
 
 def test_bad_input():

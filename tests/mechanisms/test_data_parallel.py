@@ -1,5 +1,8 @@
 """DataParallel: against one process with the whole batch, against DistributedDataParallel, and to the byte."""
 
+import copy
+import io
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +10,7 @@ from refusals import refused
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from pardist_lib import RankError
 from pardist_lib.lessons.watch import group_of, in_world
@@ -439,6 +443,7 @@ def unwrapped():
     assert model.unwrap() is net
     with torch.no_grad():
         net.out.bias += dist.get_rank()
+    DataParallel(net)  # gone at once: another one may take over
     again = DataParallel(net)
     cross_entropy(again(batch(0)[0]), batch(0)[1]).backward()
     return state(again)
@@ -512,13 +517,13 @@ def test_ranks_that_run_out_of_data(ranks_of, n, norm):
 
 def weights():
     rank, model = dist.get_rank(), DataParallel(Net())
-    return model.weight([4, 4, 4, 1][rank]), model.weight(7), model.weight(0)
+    return model.weight([4, 4, 4, 1][rank]), model.weight(7), model.weight(0), model.weight(torch.tensor(0.5 + rank))
 
 
 def test_weights(ranks_of):
     trace = ranks_of(4).trace(weights)
-    assert trace.results == [(4 * rows / 13, 1.0, 0.0) for rows in (4, 4, 4, 1)]
-    assert trace.bytes("all_reduce", 0) == 3 * 8
+    assert trace.results == [(4 * rows / 13, 1.0, 0.0, 0.5 * (i + 0.5)) for i, rows in enumerate((4, 4, 4, 1))]
+    assert trace.bytes("all_reduce", 0) == 4 * 8
 
 
 # ---- BatchNorm ------------------------------------------------------------------------------------------------
@@ -588,6 +593,73 @@ def test_bytes_of_sync_batch_norm(ranks_of):
     assert [trace.bytes("all_reduce", r) for r in range(4)] == [6 * 8] * 4
 
 
+def norm_of_halves(dtype):
+    """(output, running variance, the weight's gradient) of 70,000 rows on each rank, and the same of torch's."""
+    rank, found = dist.get_rank(), []
+    x = (5 + torch.randn(280_000, 2, generator=torch.Generator().manual_seed(0))).to(dtype)
+    for norm, part in ((nn.BatchNorm1d(2), x), (SyncBatchNorm(2), x.chunk(4)[rank])):
+        y = norm(part)
+        y.float().square().mean().backward()
+        found.append((y.detach()[:5] if part is x else y.detach(), norm.running_var, norm.weight.grad))
+    y = torch.stack([found[1][0][:5] if r == rank else torch.zeros(5, 2, dtype=dtype) for r in range(4)])[0]
+    return (y if rank == 0 else found[0][0]), *found[1][1:], *found[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sync_batch_norm_of_16_bits(ranks_of, dtype):
+    """A count of 70,000 is none in float16, and a sum of so many squares neither."""
+    results = ranks_of(4).run(norm_of_halves, dtype, quiet=True)
+    for y, var, _, want, want_var, _ in results:
+        assert y.dtype == want.dtype == dtype
+        torch.testing.assert_close(y, want, rtol=0.01, atol=0.01)
+        torch.testing.assert_close(var, want_var, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sum(r[2] for r in results) / 4, results[0][5], rtol=0.01, atol=0.01)
+
+
+class Shares(nn.Module):
+    """One BatchNorm in three places, one without weight or bias before an operation in place, one without bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.bare = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.BatchNorm1d(6, affine=False)
+        self.again = self.norm
+        self.rest = nn.Sequential(self.norm, nn.Tanh(), self.bare, nn.ReLU(inplace=True), nn.BatchNorm1d(6, bias=False))
+
+    def forward(self, x):
+        return self.rest(self.again(self.norm(self.fc(x)).tanh()))
+
+
+def one_in_several_places():
+    torch.manual_seed(0)
+    alone = Shares().double()
+    model, (x, _) = DataParallel(copy.deepcopy(alone)), batch(0)
+    model(x.chunk(4)[dist.get_rank()]).pow(3).mean().backward()
+    alone(x).pow(3).mean().backward()
+    same(gradients(model), gradients(alone))
+    same(state(model), state(alone))
+
+
+def test_batch_norm_in_several_places_and_in_place(ranks_of):
+    ranks_of(4).run(one_in_several_places, quiet=True)
+
+
+def norm_between_layers_that_some_use():
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6), nn.Linear(6, 6)]).double()
+    model, x = DataParallel(layers, find_unused_parameters=True, bucket_mb=TINY, first_bucket_mb=TINY), batch(0)[0]
+    y = layers[1](layers[0](x.chunk(4)[rank]))
+    if rank % 2:
+        y = layers[3](y)
+    layers[2](y).square().mean().backward()
+    return gradients(model)
+
+
+def test_layers_that_some_use_beside_batch_norm(ranks_of):
+    """All calls have to come in one order: a bucket that waits for an unused layer would come after the norm's call."""
+    on_all(ranks_of(4).run(norm_between_layers_that_some_use, quiet=True), 4)
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------
 
 
@@ -650,6 +722,64 @@ def sparse():
     model(torch.tensor([1, 2])).sum().backward()
 
 
+def rows_by_name_missing():
+    DataParallel(nn.Linear(6, 6))(input=batch(0, 3)[0].float().tensor_split(4)[dist.get_rank()])
+
+
+def unfrozen_later():
+    model = DataParallel(Net())
+    model.module.frozen.requires_grad_(True)
+    model(batch(0)[0])
+
+
+def added_later():
+    model = DataParallel(nn.Sequential(nn.Linear(6, 6)))
+    model.module.append(nn.Linear(6, 2))
+    model(batch(0)[0].float())
+
+
+def reentrant(**options):
+    layers = nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)])
+    model = DataParallel(layers, **options)
+    x = checkpoint(layers[1], layers[0](batch(0)[0].float()), use_reentrant=True)
+    layers[2](x).sum().backward()
+    return model
+
+
+def reentrant_and_unused():
+    reentrant(find_unused_parameters=True)
+
+
+def differentiable_mean():
+    model = DataParallel(Net())
+    model(batch(0)[0]).square().sum().backward(create_graph=True)
+
+
+def kept_by_nobody():
+    DataParallel(Net())(batch(0)[0]).sum().backward()
+
+
+def rows_of_bounded_length():
+    DataParallel(nn.Embedding(5, 4, max_norm=1.0))
+
+
+def another_order_in_memory():
+    layout = torch.channels_last if dist.get_rank() == 2 else torch.contiguous_format
+    DataParallel(nn.Conv2d(3, 4, 3).to(memory_format=layout))
+
+
+def another_batch_norm():
+    class Rectified(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    DataParallel(nn.Sequential(nn.BatchNorm1d(6), Rectified(6)))
+
+
+def other_channels():
+    SyncBatchNorm(3, affine=False)(torch.ones(4, 5))
+
+
 def outside_the_group():
     DataParallel(Net(), group=group_of([0, 1]))
 
@@ -669,6 +799,17 @@ BAD = [
     (no_tensors, "join needs batches with tensors in them, not int"),
     (sparse, "the gradient of weight is sparse"),
     (outside_the_group, "rank [23] is not in this group"),
+    (rows_by_name_missing, "rank 3 has no rows"),
+    (unfrozen_later, "frozen.weight is to be trained, but was not when the module was wrapped"),
+    (added_later, "1.weight is to be trained, but was not when .* DataParallel"),
+    (reentrant, "checkpoint.*use_reentrant=False"),
+    (reentrant_and_unused, "checkpoint.*use_reentrant=False"),
+    (differentiable_mean, r"create_graph=True.*torch\.autograd\.grad"),
+    (kept_by_nobody, "the DataParallel .* is gone: keep it in a variable, or unwrap"),
+    (rows_of_bounded_length, "the module has max_norm=1.0: .* max_norm=None"),
+    (another_order_in_memory, r"rank 2 has parameter weight, float32 \[4, 3, 3, 3\] with strides \[27, 1, 9, 3\]"),
+    (another_batch_norm, "Rectified is a BatchNorm with a forward of its own.*sync_batch_norm=False"),
+    (other_channels, "expected 3 channels, got 5"),
 ]
 
 
@@ -718,3 +859,150 @@ def regression():
 def test_convolutions_in_channels_last(ranks_of):
     for got, want in ranks_of(4).run(regression, quiet=True):
         same(got, want)
+
+
+# ---- what models and training loops do besides ----------------------------------------------------------------
+
+
+def failing_on_all_ranks():
+    """The first layers' gradients raise while the last ones' are under way; the next step must not see them."""
+    rank, bad = dist.get_rank(), 0
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Linear(6, 200), nn.Linear(200, 200), nn.Linear(200, 6)).double()
+    model, (x, _) = DataParallel(copy.deepcopy(alone), bucket_mb=TINY, first_bucket_mb=TINY), batch(0)
+    alone(x).square().mean().backward()
+    for _ in range(20):
+        handle = model.module[0].weight.register_hook(lambda g: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(100 * x.chunk(4)[rank]).square().mean().backward()
+        handle.remove()
+        model.zero_grad()
+        model(x.chunk(4)[rank]).square().mean().backward()
+        bad += any((p.grad - q.grad).abs().max() > 1e-9
+                   for p, q in zip(model.parameters(), alone.parameters(), strict=True))  # fmt: skip
+        model.zero_grad()
+    return bad
+
+
+def test_what_a_failed_backward_had_sent_does_not_reach_the_next(ranks_of):
+    assert ranks_of(4).run(failing_on_all_ranks, quiet=True) == [0] * 4
+
+
+def copies():
+    """A deep copy, and one that was saved and loaded, average their own gradients, not the first model's."""
+    model, (x, y) = DataParallel(Net(), bucket_mb=TINY), batch(0)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    found = []
+    for one in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        cross_entropy(one(x.chunk(4)[dist.get_rank()]), y.chunk(4)[dist.get_rank()]).backward()
+        assert all(p.grad is None for p in model.parameters())
+        found.append(gradients(one))
+    return found
+
+
+def test_copies_average_too(ranks_of):
+    alone, (x, y) = Net(), batch(0)
+    cross_entropy(alone(x), y).backward()
+    for found in ranks_of(4).run(copies, quiet=True):
+        for one in found:
+            same(one, gradients(alone))
+
+
+def odd_buffers():
+    module = nn.Linear(2, 2)
+    for dtype in (torch.int16, torch.uint16, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.bfloat16):
+        module.register_buffer(f"a {str(dtype)[6:]}", torch.full((3,), 1 - dist.get_rank() // 2).to(dtype))
+    module.register_buffer("nothing", torch.empty(0))
+    return all(b.to(torch.complex64).real.eq(1).all() for b in DataParallel(module).module.buffers())
+
+
+def test_buffers_of_every_dtype_are_taken_over(ranks_of):
+    assert all(ranks_of(4).run(odd_buffers, quiet=True))
+
+
+class Odd(nn.Module):
+    """Parameters that are complex, without dimensions, empty, transposed; one whose function gives it no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.complex = nn.Parameter(torch.randn(6, 4, dtype=torch.complex128))
+        self.empty, self.turned = nn.Parameter(torch.empty(0, 3)), nn.Parameter(torch.randn(6, 4).t())
+        self.scalar, self.none = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        y = (x.to(torch.complex128) @ self.complex).abs() + x @ self.turned.t().double()
+        return GivesNone.apply(y * self.scalar + self.empty.sum(), self.none)
+
+
+class GivesNone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+def odd_parameters():
+    torch.manual_seed(0)
+    alone, (x, _) = Odd(), batch(0)
+    model = DataParallel(copy.deepcopy(alone), find_unused_parameters=True)
+    model(x.chunk(4)[dist.get_rank()]).square().mean().backward()
+    alone(x).square().mean().backward()
+    got, want = gradients(model), gradients(alone)
+    same({"complex": got.pop("complex")}, {"complex": want.pop("complex")})
+    same(got, want, torch.float32)
+
+
+def test_odd_parameters(ranks_of):
+    ranks_of(4).run(odd_parameters, quiet=True)
+
+
+def fused(kind):
+    """An optimizer that goes through weight and gradient in the order of their memory."""
+    torch.manual_seed(0)
+    model = kind(nn.Conv2d(3, 4, 3, dtype=torch.float64).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for step in range(3):
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return state(model)
+
+
+def test_fused_optimizers_and_channels_last(ranks_of):
+    want = fused(lambda module: module)
+    for got in ranks_of(4).run(fused, DataParallel, quiet=True):
+        same(got, want)
+
+
+def frozen_between_steps():
+    model, (x, y) = DataParallel(Net(), bucket_mb=TINY), batch(0)
+    model.module.extra.requires_grad_(False)
+    cross_entropy(model(x.chunk(4)[dist.get_rank()]), y.chunk(4)[dist.get_rank()]).backward()
+    return gradients(model)
+
+
+def test_what_is_frozen_later_is_left_alone(ranks_of):
+    alone, (x, y) = Net(), batch(0)
+    alone.extra.requires_grad_(False)
+    cross_entropy(alone(x), y).backward()
+    same(on_all(ranks_of(4).run(frozen_between_steps, quiet=True), 4), gradients(alone))
+
+
+def with_other_things():
+    """Batches with a number in them; and in evaluation a rank may have no rows."""
+    rank, model = dist.get_rank(), DataParallel(nn.Linear(6, 2))
+    batches = [{"epoch": torch.tensor(3), "x": torch.ones(2, 6)}] * (1 + rank % 2)
+    seen = [(part["epoch"].item(), len(part["x"]), weight) for part, weight in model.join(batches)]
+    with torch.no_grad():
+        return seen, len(model(torch.ones(3, 6).tensor_split(4)[rank]))
+
+
+def test_batches_with_other_things_in_them(ranks_of):
+    for rank, (seen, rows) in enumerate(ranks_of(4).run(with_other_things, quiet=True)):
+        assert seen == [(3, 2, 1.0), (3, 2, 2.0) if rank % 2 else (3, 0, 0.0)] and rows == (rank < 3)

@@ -215,6 +215,18 @@ def test_accumulation_over_micro_batches_of_unequal_size(ranks_of):
         same(got, gradients(alone))
 
 
+def test_gradients_lie_in_memory_as_their_parameters(ranks_of):
+    """An optimizer with fused=True counts on it."""
+
+    def strides():
+        conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        conv(torch.ones(1, 3, 3, 3)).sum().backward()
+        average_by_rows(conv.parameters(), 1)
+        return conv.weight.grad.stride() == conv.weight.stride()
+
+    assert all(ranks_of(4).run(strides, quiet=True))
+
+
 def test_what_is_sent(ranks_of):
     used = sum(p.numel() * 8 for p in [*Net().fc1.parameters(), *Net().fc2.parameters(), Net().again.bias])
     trained = sum(p.requires_grad for p in Net().parameters())
