@@ -4,6 +4,7 @@ A *line* is a flat tensor that is cut into n shards; n need not divide it. S: it
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakValueDictionary
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -79,16 +80,18 @@ def prepared_gather(lines, group=None):
 class Courier:
     """Moves lines so that the caller can compute meanwhile; `result()` of what its methods return waits for one.
 
-    Rings of ours go one after another in a thread of their own, over a process group of their own; torch's own
-    collectives (short lines; all on nccl) run in torch's threads anyway. Every rank has to ask for the same things in
-    the same order. overlap=False: everything at once, in the caller's thread.
+    Rings of ours go one after another in a thread of their own, over a process group of their own, which all couriers
+    of a group share: several models send in the order in which they ask. torch's own collectives (short lines; all on
+    nccl) run in torch's threads anyway. Every rank has to ask for the same things in the same order. overlap=False:
+    everything at once, in the caller's thread.
     """
 
     def __init__(self, group=None, overlap=True):
         self.group, self.overlap, self.thread = group, overlap and dist.get_world_size(group) > 1, None
         if self.overlap and dist.get_backend(group) != "nccl":
             self.own_group = _own_group(group)
-            self.thread = ThreadPoolExecutor(1, "courier")
+            name = self.own_group.group_name
+            self.thread = _threads.get(name) or _threads.setdefault(name, ThreadPoolExecutor(1, "courier"))
 
     def all_gather(self, line, shard, sizes):
         return self._send(all_gather_line, line, sizes, line, shard, sizes)
@@ -142,3 +145,4 @@ def _own_group(group):
 
 
 _own_groups = {}
+_threads = WeakValueDictionary()  # of each own group: it ends with the last courier

@@ -50,11 +50,28 @@ class FlatShards:
             begin, end = cuts[rank] - first[rank], cuts[rank + 1] - first[rank]
             span = slice(begin, end) if begin < end else slice(0)
             piece = torch.nn.Parameter(self.shard[span], requires_grad=self.trainable)
+            piece.__dict__.update(p.__dict__)  # what the caller has noted on it
             piece.full_shape, piece.start = p.shape, cuts[rank] - start
             piece.sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]  # every rank's part of p
             self.spans.append(span)
             self.pieces.append(piece)
         self.gradient, self.taken = None, set()
+
+    def check_pieces(self):
+        """Raise where something was done to a piece that would be lost without a word."""
+        for name, piece, span in zip(self.names, self.pieces, self.spans, strict=True):
+            if piece.requires_grad != self.trainable:
+                raise ValueError(f"{name} was frozen or unfrozen after wrapping: set requires_grad before")
+            if piece._backward_hooks or piece._post_accumulate_grad_hooks:
+                raise ValueError(
+                    f"{name} has a gradient hook, which a shard never calls: register it before wrapping, where it gets "
+                    "this rank's own gradient, or change .grad between backward and step"
+                )
+            if piece.numel() and piece.data_ptr() != self.shard[span].data_ptr():
+                raise RuntimeError(
+                    f"the memory of {name} was replaced after wrapping (by p.data = …, or module.to(…)): change it in "
+                    "place, with p.copy_(…), or change the model first and then wrap it"
+                )
 
     # ---- the line's memory ------------------------------------------------------------------------------------
 
@@ -108,6 +125,13 @@ class FlatShards:
 # ---- what all ranks must agree on -----------------------------------------------------------------------------
 
 
+def take_from_first(tensor, group=None):
+    """A buffer, or a frozen parameter, gets the values of the group's first rank."""
+    if not tensor.is_contiguous():
+        tensor.data = tensor.detach().contiguous()  # gloo sends no gaps, and an expanded tensor cannot be written to
+    dist.broadcast(tensor.detach(), dist.get_process_group_ranks(group or dist.group.WORLD)[0], group)
+
+
 def check_parameters(parameters, names, group=None):
     """Raise ValueError, on every rank, unless all ranks have the same parameters; and where one cannot be sharded."""
     for p, name in zip(parameters, names, strict=True):
@@ -131,6 +155,9 @@ def check_parameters(parameters, names, group=None):
                     f"ranks have different parameters: where rank {members[0]} has {a}, rank {member} has {b}. "
                     "Build the same model on every rank before sharding it"
                 )
+
+
+def check_trainable(parameters):
     if not any(p.requires_grad for p in parameters):
         raise ValueError(
             "no parameter requires a gradient: there is nothing to train, and a frozen model needs no wrapper"
@@ -191,6 +218,9 @@ def clip_sharded_grad_norm_(pieces, max_norm, group=None, norm_type=2.0):
 
     pieces: this rank's parameters, whose gradients are cuts of the whole ones. Sends one number (an all-reduce).
     """
+    norm_type = float(norm_type)
+    if not norm_type > 0:
+        raise ValueError(f"norm_type is a number above 0, or inf, not {norm_type}")
     gradients = [p.grad for p in pieces if p.grad is not None]
     device = next(iter(pieces)).device
     parts = [torch.linalg.vector_norm(g, norm_type).to(device) for g in gradients if g.numel()]
@@ -200,7 +230,7 @@ def clip_sharded_grad_norm_(pieces, max_norm, group=None, norm_type=2.0):
     total = total if norm_type == float("inf") else total ** (1 / norm_type)
     for g in gradients:
         g.mul_((max_norm / (total + 1e-6)).clamp(max=1.0).to(g.device, g.dtype))
-    return total.to(gradients[0].dtype) if gradients else total
+    return total.to(gradients[0].abs().dtype) if gradients else total
 
 
 def gather_piece(tensor, piece, group=None):
@@ -215,7 +245,12 @@ def cut_piece(whole, piece):
     return whole.detach().flatten()[piece.start : piece.start + piece.numel()]
 
 
-_SCALARS = {"step", "mu_product", "eta", "mu"}  # state that is one number a parameter, not one an element
+_SCALARS = {"step", "mu_product", "eta", "mu"}  # state that is one number a parameter, even where that is one number
+
+
+def _of_elements(name, value, piece):
+    """Whether this part of an optimizer's state has one number for each element of the parameter."""
+    return name not in _SCALARS and hasattr(piece, "full_shape") and isinstance(value, torch.Tensor)
 
 
 def full_optimizer_state(optimizer, group=None):
@@ -224,7 +259,7 @@ def full_optimizer_state(optimizer, group=None):
     state = optimizer.state_dict()
     for i, piece in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         for name, value in state["state"].get(i, {}).items():
-            if name not in _SCALARS and hasattr(piece, "full_shape") and isinstance(value, torch.Tensor):
+            if _of_elements(name, value, piece) and value.dim():
                 state["state"][i] = {**state["state"][i], name: gather_piece(value, piece, group)}
     return state
 
@@ -233,9 +268,16 @@ def load_full_optimizer_state(optimizer, state):
     """The other way round: a one-process optimizer's `state_dict`, each rank taking its pieces. Sends nothing."""
     pieces = [p for g in optimizer.param_groups for p in g["params"]]
     cut = {i: dict(values) for i, values in state["state"].items()}
+    if cut and max(cut) >= len(pieces):
+        raise ValueError(f"this state has parameter {max(cut)}, and the optimizer has {len(pieces)} parameters")
     for i, values in cut.items():
+        shape = getattr(pieces[i], "full_shape", None)
         for name, value in values.items():
-            if name not in _SCALARS and hasattr(pieces[i], "full_shape") and isinstance(value, torch.Tensor):
+            if _of_elements(name, value, pieces[i]) and (value.dim() or not len(shape)):
+                if value.shape != shape:
+                    raise ValueError(
+                        f"{name} of parameter {i} has shape {list(value.shape)}, and the parameter {list(shape)}"
+                    )
                 values[name] = cut_piece(value, pieces[i]).clone()
     optimizer.load_state_dict({**state, "state": cut})
 

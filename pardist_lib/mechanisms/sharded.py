@@ -12,11 +12,12 @@ Besides, for a moment each: at stage 2 and 3 the gradient of a layer or two, at 
 Sources: Rajbhandari et al., "ZeRO" (2020), sections 5 and 7; Zhao et al., "PyTorch FSDP" (2023).
 """
 
+import copy
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
-from torch.utils._pytree import tree_leaves
 
 from .courier import Courier
 from .flat_shards import (
@@ -24,14 +25,16 @@ from .flat_shards import (
     call_when_accumulated,
     check_origin,
     check_parameters,
+    check_trainable,
     clip_sharded_grad_norm_,
     cut_piece,
     full_optimizer_state,
     load_full_optimizer_state,
+    take_from_first,
 )
 from .point_to_point import place
 from .sharded_optimizer import ShardedOptimizer
-from .sharded_units import in_backward, make_units, next_unit
+from .sharded_units import AWAY, PIECE, WHOLE, in_backward, make_units, next_unit, tensors_in
 
 __all__ = ["ShardedDataParallel", "ShardedOptimizer"]
 
@@ -43,9 +46,9 @@ class ShardedDataParallel(nn.Module):
         optimizer = torch.optim.AdamW(model.parameters())    # after wrapping: it sees this rank's pieces only
 
     units                   what is gathered, and freed, as one: a list of submodules, or a class or tuple of classes;
-                            by default each child with parameters, and each entry of Sequential, ModuleList and
-                            ModuleDict. Parameters outside of units, or in two of them (tied), are a unit with the
-                            whole module.
+                            by default each child that has parameters and a forward, and each entry of Sequential,
+                            ModuleList and ModuleDict. Parameters outside of units, or in two of them (tied), are a
+                            unit with the whole module.
     reshard_after_forward   stage 3: free a unit after its forward and gather it again for its backward. False keeps
                             it until then: 2·(n − 1)/n·S a step, and the memory of all parameters. The whole
                             module's own unit is always kept.
@@ -54,12 +57,14 @@ class ShardedDataParallel(nn.Module):
     find_unused_parameters  True where ranks may have gradients for different parameters (see `UsedParameters`); they
                             are then reduced at the end of backward. At stage 3 all ranks run the same units anyhow.
 
-    Any elementwise optimizer works as on a plain model, parameter groups and schedulers too. All parameters and
-    buffers start as the group's first rank has them. Gradients are means over the ranks, right where they have
-    equally many samples (else weight each rank's loss by n·its samples / all samples); a backward adds to what is
-    there, so gradients accumulate as ever. Outside of forward and backward the module's attributes are the pieces;
-    code that uses a unit's parameters without calling the unit has to name a larger unit. Change pieces by hand at
-    stage 2: call `refresh` afterwards.
+    Any elementwise optimizer works as on a plain model, parameter groups and schedulers too; one that is not (see
+    NOT_ELEMENTWISE in sharded_optimizer.py) would compute something else. All parameters and buffers start as the
+    group's first rank has them; afterwards each rank's buffers are its own. Gradients are means over the ranks, right
+    where they have equally many samples (else weight each rank's loss by n·its samples / all samples); a backward adds
+    to what is there, so gradients accumulate as ever. Outside of forward and backward the module's attributes are the
+    pieces, flat ones: sort them into groups by name or by len(p.full_shape), not by p.dim(), and clip them with
+    `clip_grad_norm_` below. Code that uses a unit's parameters without calling the unit has to name a larger unit.
+    Change pieces by hand at stage 2: call `refresh` afterwards. Stage 3 has no backward with create_graph.
 
     Sends in a step, where n divides: stage 2 (n − 1)/n·S in backward and as much at the beginning of the forward that
     follows; stage 3 (n − 1)/n·S in forward, twice that in backward. In the first step 4 bytes a parameter besides.
@@ -78,28 +83,30 @@ class ShardedDataParallel(nn.Module):
             raise ValueError("this module is wrapped already: wrap a model once, as a whole")
         names, parameters = zip(*module.named_parameters(), strict=True) if list(module.parameters()) else ((), ())
         check_parameters(parameters, names, group)
+        check_trainable(parameters)
         self.module, self.stage, self.group = module, stage, group
         self.reshard, self.prefetch = stage == 3 and reshard_after_forward, stage == 3 and prefetch
         self._units = make_units(module, units, group, keep_whole=stage == 2)
-        first = dist.get_process_group_ranks(group or dist.group.WORLD)[0]
         for buffer in module.buffers():
-            dist.broadcast(buffer, first, group)
+            take_from_first(buffer, group)
         self._lines = [line for unit in self._units for line in unit.lines]
         self._trained = [line for line in self._lines if line.trainable]
         self._used = UsedParameters([n for line in self._trained for n in line.names], find_unused_parameters, group)
         self._courier = Courier(group, overlap)
-        self._order, self._running, self._depth = list(self._units), [], 0
-        self._stale, self._backward, self._sent = False, False, []
-        self.register_load_state_dict_post_hook(lambda *_: self.refresh())
+        self._order, self._running, self._inside = list(self._units), [], []
+        self._stale, self._backward, self._sent, self._done = False, False, [], []
+        module.register_load_state_dict_post_hook(lambda *_: self.refresh())
         for unit in self._units:
             unit.module.register_forward_pre_hook(lambda _, __, unit=unit: self._before_forward(unit), prepend=True)
-            unit.module.register_forward_hook(lambda _, __, output, unit=unit: self._after_forward(unit, output))
+            unit.module.register_forward_hook(
+                lambda _, __, output, unit=unit: self._after_forward(unit, output), always_call=True
+            )  # also where it fails, or where checkpointing stops it early
             for line in unit.lines if unit.trains else ():
                 for i, p in enumerate(line.whole if line.trainable else ()):
                     call_when_accumulated(p, self._has_gradient, unit, line, i)
             if stage == 3:
                 unit.free()
-            unit.show(whole=False)
+            unit.show(PIECE)
 
     # ---- forward ----------------------------------------------------------------------------------------------
 
@@ -107,45 +114,61 @@ class ShardedDataParallel(nn.Module):
         try:
             return self.module(*args, **kwargs)
         except BaseException:
-            self._reset()
+            if not in_backward():  # there it is how checkpointing ends, once it has what it needs
+                self._reset()
             raise
 
     def _before_forward(self, unit):
-        if self._depth == 0 and not in_backward():
+        if not self._inside and not in_backward():
             self._begin()
-        self._depth += 1
+        self._inside.append(unit)
         self._ready(unit)
-        unit.show(whole=True)
+        unit.show(WHOLE)
         if not in_backward():
             if self.prefetch and (after := next_unit(self._order, unit)):
                 self._gather(after)
             self._running.append(unit)
 
     def _after_forward(self, unit, output):
-        self._depth -= 1
-        unit.show(whole=False)
+        if self._inside[-1:] != [unit]:
+            return  # it did not begin
+        self._inside.pop()
         if in_backward():  # checkpointing runs it once more: its backward is still to come
             return
-        outputs = [t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+        found = list(tensors_in(output))
+        outputs = [t for t in found if t.grad_fn is not None]
         for t in outputs:
             t.register_hook(lambda _: self._before_backward(unit))
         unit.awaited = bool(outputs)
-        hidden = torch.is_grad_enabled() and not outputs and unit.trains  # in an object that we cannot look into
-        if self.stage == 3 and not hidden:
-            if not torch.is_grad_enabled() or self.reshard and unit is not self._units[0]:
-                unit.free()
-        if self._depth == 0:
+        if unit not in self._inside:
+            unit.show(AWAY)
+            if self.stage == 3:
+                self._reshard(unit, found, outputs)
+        if not self._inside:
             self._order, self._running = self._running, []
             for other in self._units:
+                other.show(PIECE)
                 other.wait()
                 if self.stage == 3 and other not in self._order:
                     other.free()  # it was gathered in advance, and then not used
 
+    def _reshard(self, unit, found, outputs):
+        """Free a unit after its forward, unless its memory is used on: by whom it lent a parameter, by what it computed
+        and keeps for itself, where no hook tells when it is needed again."""
+        training = torch.is_grad_enabled()
+        hides = training and not outputs and (unit.trains or not found)
+        if hides or unit.lends(found):
+            unit.kept = unit.kept or training
+        elif not training or self.reshard and unit is not self._units[0]:
+            unit.free()
+
     def _begin(self):
         """At the beginning of the outermost forward."""
         self._reset()
-        if any(p.requires_grad != line.trainable for line in self._lines for p in line.pieces):
-            raise ValueError("a parameter was frozen or unfrozen after wrapping: set requires_grad before")
+        for line in self._lines:
+            line.check_pieces()
+        for unit in self._units:
+            unit.show(AWAY)
         if self._stale:
             for unit in self._units:
                 self._gather(unit)
@@ -156,20 +179,30 @@ class ShardedDataParallel(nn.Module):
         """Forget a forward or backward that was not finished, and what is left gathered from an earlier forward."""
         for unit in self._units:
             unit.wait()
-            unit.show(whole=False)
+            unit.show(PIECE)
             if self.stage == 3:
                 unit.free()
         if self._backward:
             for line in self._trained:
                 line.gradient, line.taken = None, set()
-        self._depth, self._running, self._backward, self._sent = 0, [], False, []
+        self._inside, self._running, self._backward, self._sent, self._done = [], [], False, [], []
 
     # ---- backward ---------------------------------------------------------------------------------------------
 
     def _before_backward(self, unit):
+        if self.stage == 3 and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a backward with create_graph needs the parameters once more when nobody knows: use stage 2, or a plain "
+                "model with ShardedOptimizer"
+            )
         self._at_the_end()
         unit.awaited = False
+        for done in self._done:  # what ran after this unit in forward has nothing left to compute
+            if done is not unit:
+                done.free()
+        self._done = []
         self._ready(unit)
+        unit.show(WHOLE)  # a part of it may be checkpointed, and run once more
         if self.prefetch and (before := next_unit(self._order[::-1], unit)) and before.awaited:
             self._gather(before)
 
@@ -178,12 +211,13 @@ class ShardedDataParallel(nn.Module):
             self._backward = True
             Variable._execution_engine.queue_callback(self._after_backward)
 
+    @torch.no_grad()
     def _has_gradient(self, unit, line, i):
         self._at_the_end()
         line.take(i)
         if not self._used.every_step and all(len(n.taken) == len(n.whole) for n in unit.lines if n.trainable):
-            if self.stage == 3 and all(n.trainable for n in unit.lines):
-                unit.free()
+            if self.stage == 3:
+                self._done.append(unit)
             for n in unit.lines:
                 if n.trainable:
                     self._reduce(n)
@@ -196,17 +230,22 @@ class ShardedDataParallel(nn.Module):
     def _after_backward(self):
         reduced = {line for line, _ in self._sent}
         used = [line in reduced or i in line.taken for line in self._trained for i in range(len(line.whole))]
-        anyone = iter(self._used.agree(used, self._trained[0].line.device))
-        anyone = {line: [next(anyone) for _ in line.whole] for line in self._trained}
-        for line in self._trained:
-            if any(anyone[line]) and (line not in reduced or line.taken):
-                self._reduce(line)
-        for line, sent in self._sent:
-            line.add_gradient(sent.result(), anyone[line])
-        self._sent, self._backward, self._stale = [], False, self.stage == 2
-        for unit in self._units if self.stage == 3 else ():
+        if any(used) or self._used.every_step:  # else it was torch.autograd.grad, for inputs
+            anyone = iter(self._used.agree(used, self._trained[0].line.device))
+            anyone = {line: [next(anyone) for _ in line.whole] for line in self._trained}
+            for line in self._trained:
+                if any(anyone[line]) and (line not in reduced or line.taken):
+                    self._reduce(line)
+            for line, sent in self._sent:
+                line.add_gradient(sent.result(), anyone[line])
+            self._stale = self.stage == 2
+        self._sent, self._done, self._backward = [], [], False
+        for unit in self._units:
             unit.wait()
-            unit.free()
+            unit.show(PIECE)
+            unit.kept = False
+            if self.stage == 3:
+                unit.free()
 
     # ---- gathering --------------------------------------------------------------------------------------------
 
@@ -227,6 +266,9 @@ class ShardedDataParallel(nn.Module):
     def _apply(self, fn, recurse=True):
         raise RuntimeError("shards stay where they are: move or convert the model first, then wrap it")
 
+    def __getstate__(self):
+        raise TypeError("a wrapped model cannot be copied or pickled: copy the model before, or save full_state_dict()")
+
     def refresh(self):
         """Stage 2: the next forward gathers the parameters, whose pieces were changed by hand. On every rank."""
         self._stale = self.stage == 2
@@ -240,17 +282,17 @@ class ShardedDataParallel(nn.Module):
     def sharded_state_dict(self):
         """This rank's pieces, and the buffers, by the module's own names. Sends nothing."""
         rank, n = place(self.group)
-        return {"rank": rank, "world_size": n, "state": {k: v.clone() for k, v in self.module.state_dict().items()}}
+        return {"rank": rank, "world_size": n, "state": {k: _copy(v) for k, v in self.module.state_dict().items()}}
 
     def load_sharded_state_dict(self, state_dict):
         """What `sharded_state_dict` gave on this rank, in a world of this size; else ValueError."""
         check_origin(state_dict, self.group)
         self.module.load_state_dict(state_dict["state"])
-        self.refresh()
 
     @torch.no_grad()
     def full_state_dict(self):
-        """The plain module's state dict, whole, on every rank, one unit after the other. Every rank has to call it."""
+        """The plain module's state dict, whole, on every rank, one unit after the other; buffers are this rank's. Every
+        rank has to call it."""
         self._reset()
         whole = {}
         for unit in self._units:
@@ -261,7 +303,7 @@ class ShardedDataParallel(nn.Module):
             if self.stage == 3:
                 unit.free()
         state = self.module.state_dict(keep_vars=True)
-        return {k: whole[id(v)] if id(v) in whole else v.detach().clone() for k, v in state.items()}
+        return {k: whole[id(v)] if id(v) in whole else _copy(v) for k, v in state.items()}
 
     @torch.no_grad()
     def load_full_state_dict(self, state_dict):
@@ -270,13 +312,11 @@ class ShardedDataParallel(nn.Module):
         if ours.keys() != state_dict.keys():
             raise ValueError(f"these names are in one state dict only: {sorted(ours.keys() ^ state_dict.keys())}")
         for name, value in ours.items():
-            shape = getattr(value, "full_shape", value.shape)
-            if state_dict[name].shape != shape:
+            shape = getattr(value, "full_shape", value.shape) if isinstance(value, torch.Tensor) else None
+            if shape is not None and state_dict[name].shape != shape:
                 raise ValueError(f"{name} has shape {list(state_dict[name].shape)}, here it is {list(shape)}")
-        for name, value in ours.items():
-            whole = state_dict[name].to(value.device)
-            value.copy_(cut_piece(whole, value) if hasattr(value, "full_shape") else whole)
-        self.refresh()
+        cut = {k: cut_piece(state_dict[k], v) if hasattr(v, "full_shape") else state_dict[k] for k, v in ours.items()}
+        self.module.load_state_dict(cut)
 
     def full_optimizer_state_dict(self, optimizer):
         """The state of an optimizer of these pieces, whole, as one process would save it. On every rank."""
@@ -285,3 +325,8 @@ class ShardedDataParallel(nn.Module):
     def load_full_optimizer_state_dict(self, optimizer, state_dict):
         """One process's optimizer state, or `full_optimizer_state_dict` of a world of any size. Sends nothing."""
         load_full_optimizer_state(optimizer, state_dict)
+
+
+def _copy(value):
+    """Of an entry of a state dict; what a module's get_extra_state gives need not be a tensor."""
+    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)

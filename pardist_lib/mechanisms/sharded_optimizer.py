@@ -16,10 +16,12 @@ from .flat_shards import (
     call_when_accumulated,
     check_origin,
     check_parameters,
+    check_trainable,
     clip_sharded_grad_norm_,
     cut_piece,
     full_optimizer_state,
     load_full_optimizer_state,
+    take_from_first,
 )
 from .point_to_point import place
 
@@ -54,6 +56,8 @@ class ShardedOptimizer(Optimizer):
 
     def __init__(self, params, optimizer_class, group=None, *, reduce_gradients=True, find_unused_parameters=False,
                  overlap=False, bucket_mb=25, **defaults):  # fmt: skip
+        if not isinstance(optimizer_class, type):
+            raise ValueError("optimizer_class is a class, torch.optim.AdamW say: give its options by name after it")
         if bad := [c.__name__ for c in optimizer_class.__mro__ if c.__name__ in NOT_ELEMENTWISE]:
             raise ValueError(
                 f"{bad[0]} is not elementwise: its step for one element depends on others, which another rank may "
@@ -67,6 +71,7 @@ class ShardedOptimizer(Optimizer):
         self.courier = Courier(group, overlap)
         self.lines, self.sharded, self.reduced, self.gather = [], set(), False, None
         super().__init__(params, defaults)
+        check_trainable([p for g in self.param_groups for p in g["params"]])
         shards = self._shard([p for g in self.param_groups for p in g["params"]])
         groups = [{**g, "params": [shards.get(p, p) for p in g["params"]]} for g in self.param_groups]
         self.inner = optimizer_class(groups, **defaults)
@@ -76,12 +81,13 @@ class ShardedOptimizer(Optimizer):
     def _shard(self, parameters):
         """{parameter: its piece} of the trainable ones, laid on lines of at most a bucket."""
         names = [f"parameter {i}" for i in range(len(parameters))]
+        if len(set(parameters)) < len(parameters):
+            raise ValueError("a parameter is listed twice: give each one once, as model.parameters() does")
         check_parameters(parameters, names, self.group)
         buckets, kinds = [], {}
-        first = dist.get_process_group_ranks(self.group or dist.group.WORLD)[0]
         for p, name in reversed(list(zip(parameters, names, strict=True))):  # about the order of backward
             if not p.requires_grad:
-                dist.broadcast(p.detach(), first, self.group)
+                take_from_first(p, self.group)
             else:
                 kind = p.dtype, p.device
                 bucket = kinds.get(kind)
@@ -93,7 +99,7 @@ class ShardedOptimizer(Optimizer):
         self.lines += lines
         for line in lines:
             line.sent, line.version = None, None
-            for i, p in enumerate(line.whole if self.reduces else ()):
+            for i, p in enumerate(line.whole):
                 call_when_accumulated(p, self._arrived, line, i)
         self.used = UsedParameters(
             [name for line in self.lines for name in line.names], self.find_unused_parameters, self.group
@@ -105,7 +111,11 @@ class ShardedOptimizer(Optimizer):
         super().add_param_group(param_group)
         if self.inner is not None:
             group = self.param_groups[-1]
-            shards = self._shard(group["params"])
+            try:
+                shards = self._shard(group["params"])
+            except BaseException:
+                self.param_groups.pop()
+                raise
             self.inner.add_param_group({**group, "params": [shards.get(p, p) for p in group["params"]]})
             self._take_settings()
 
@@ -134,8 +144,11 @@ class ShardedOptimizer(Optimizer):
     @torch.no_grad()
     def _arrived(self, line, i):
         """Backward has a gradient: put it on its line, of which `.grad` is a view from now on. A full line leaves."""
-        self._place(line, i)
-        line.taken.add(i)
+        if self.reduced:  # for a step that was not taken: it was skipped after clip_grad_norm_, say
+            self._forget()
+        if self.reduces:
+            self._place(line, i)
+            line.taken.add(i)
         if self.early and len(line.taken) == len(line.whole):
             self._start(line)
 
@@ -162,7 +175,8 @@ class ShardedOptimizer(Optimizer):
 
     @torch.no_grad()
     def reduce(self):
-        """The first part of `step` alone: this rank's shard of the mean gradient. `step` does not do it again.
+        """The first part of `step` alone: this rank's shard of the mean gradient. `step` does not do it again, unless
+        there was another backward; what `clip_grad_norm_` did is then forgotten.
 
         Sends (n − 1)/n·S where n divides S, what has not left in backward already; nothing with
         reduce_gradients=False.
@@ -224,6 +238,9 @@ class ShardedOptimizer(Optimizer):
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
         self._forget()
+
+    def __getstate__(self):
+        raise TypeError("a ShardedOptimizer cannot be copied or pickled: save state_dict() or full_state_dict()")
 
     # ---- state dicts ------------------------------------------------------------------------------------------
 

@@ -5,10 +5,30 @@ Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Pa
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .flat_shards import FlatShards
 
-CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
+WHOLE, PIECE, AWAY = range(3)  # what a module's attribute shows of a parameter
+
+
+class Away(nn.Parameter):
+    """Stands for a parameter during a forward, while its unit is not being called: a piece in its place might fit by
+    accident. It tells what it is, and refuses to be computed with."""
+
+    ABOUT = {getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_complex")} | {
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_leaf", "is_cuda", "is_sparse")
+    }
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in cls.ABOUT:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise RuntimeError(
+            "a parameter is used in a forward without calling the unit it belongs to, so it is not gathered: name a "
+            "larger unit that has both, ShardedDataParallel(…, units=[…]); units=[] makes the whole model one"
+        )
 
 
 class Unit:
@@ -18,11 +38,17 @@ class Unit:
         self.module, self.lines, self.places = module, lines, places
         self.trains = any(line.trainable for line in lines)
         self.gathered, self.coming, self.awaited = True, [], False
+        self.kept = False  # its memory is used until the end of backward, by whom is not known
 
-    def show(self, whole):
-        """Let the module's attributes be the whole parameters, or this rank's pieces."""
-        for owner, name, parameter, piece in self.places:
-            owner._parameters[name] = parameter if whole else piece
+    def show(self, face):
+        """Let the module's attributes be the whole parameters, this rank's pieces, or what stands for them."""
+        for owner, name, faces in self.places:
+            if all(owner._parameters.get(name) is not known for known in faces):
+                raise RuntimeError(
+                    f"{name} of {type(owner).__name__} was replaced after wrapping (by assign=True, or an assignment): "
+                    "change the module first, then wrap it; load values with load_full_state_dict"
+                )
+            owner._parameters[name] = faces[face]
 
     def wait(self):
         for coming in self.coming:
@@ -32,8 +58,13 @@ class Unit:
     def free(self):
         self.wait()
         self.gathered = False
-        for line in self.lines:
+        for line in self.lines if not self.kept else ():
             line.free()
+
+    def lends(self, tensors):
+        """Whether one of these is a parameter of the unit, or a view of one."""
+        lines = {line.line.untyped_storage().data_ptr() for line in self.lines}
+        return any(t.layout == torch.strided and t.untyped_storage().data_ptr() in lines for t in tensors)
 
 
 def make_units(module, chosen, group, keep_whole):
@@ -57,7 +88,8 @@ def make_units(module, chosen, group, keep_whole):
         lines = [FlatShards(ps, [names[p] for p in ps], group, keep_whole) for ps in kinds.values()]
         for line in lines:
             for p, piece in zip(line.whole, line.pieces, strict=True):
-                shown += [(m, name, p, piece) for m, name in places[p]]
+                away = Away(p.new_empty(()).expand(p.shape), requires_grad=p.requires_grad)
+                shown += [(m, name, (p, piece, away)) for m, name in places[p]]
         if part is module or lines:
             units.append(Unit(part, lines, shown))
     return units
@@ -67,20 +99,38 @@ def _chosen(module, units):
     if units is None:
         return [m for m in _children(module) if any(True for _ in m.parameters())]
     if isinstance(units, type) or isinstance(units, tuple) and all(isinstance(u, type) for u in units):
-        return [m for m in module.modules() if isinstance(m, units) and m is not module]
+        return [m for m in module.modules() if isinstance(m, units) and m is not module and _is_called(m)]
     known, units = set(module.modules()), list(units)
     for m in units:
         if not isinstance(m, nn.Module) or m not in known:
             raise ValueError(f"units are submodules of the module, or their class; {type(m).__name__} is not in it")
+        if not _is_called(m):
+            raise ValueError(f"a unit is gathered when it is called, and {type(m).__name__} never is: name its parts")
     return [m for m in units if m is not module]
 
 
 def _children(module):
     for child in module.children():
-        if isinstance(child, CONTAINERS):
+        if isinstance(child, nn.Sequential) or not _is_called(child):
             yield from _children(child)
         else:
             yield child
+
+
+def _is_called(module):
+    """Whether it has a forward; ModuleList, ModuleDict, ParameterList and ParameterDict have none."""
+    return type(module).forward is not nn.Module.forward
+
+
+def tensors_in(output, seen=None):
+    """The tensors that a module has returned: in containers, and in the attributes of what else it returns."""
+    seen = set() if seen is None else seen
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from tensors_in(dict(vars(leaf)), seen)
 
 
 def next_unit(order, unit):
