@@ -130,6 +130,8 @@ def refuse(seen):
                 "until wait() returns, a tensor is neither received nor free to change",
                 f"rank {rank}",
             )
+        if one.early:
+            raise Wrong(f"{one.early}: what comes out is chance, so wait() first", f"rank {rank}")
 
 
 def _waiting(error, where):

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -80,9 +81,12 @@ def _start(answer, dtype, in_pairs):
     objects = {name: (id(t), t.requires_grad) for name, t in model.tensors().items()}
     seen = watched(answer, model, **_group(in_pairs))
     now = model.tensors()
-    replaced = [name for name, kind in objects.items() if (id(now.get(name)), now[name].requires_grad) != kind]
+    kinds = {name: (id(t), t.requires_grad) for name, t in now.items()}  # a weight that is tied no more has a name, too
+    replaced = [name for name in {**objects, **kinds} if kinds.get(name) != objects.get(name)]
     after = {name: now[name].detach().clone() for name in before if name in now}
-    seen.kept = {"before": before, "after": after, "replaced": replaced}
+    left = ["eval() was called"] if not model.training else ["parameters have gradients now"] * any(
+        p.grad is not None for p in model.parameters())  # fmt: skip
+    seen.kept = {"before": before, "after": after, "replaced": replaced, "left": left}
     return seen
 
 
@@ -101,6 +105,7 @@ def _judge_start(mine, ranks, about):
                 "optimizer still holds the old one, so write into it",
                 f"rank {rank}, {about}",
             )
+    _in_their_group(ranks, mine, about)
     wanted = first.kept["before"]
     stale = [name for name, t in wanted.items()
              if all(torch.equal(o.kept["after"][name], o.kept["before"][name]) for o in others)]  # fmt: skip
@@ -132,6 +137,8 @@ def _judge_start(mine, ranks, about):
         if sum(call.bytes for call in one.calls) > size + twice:
             raise Wrong("the values are right, but tensors are sent more than once", f"rank {rank}, {about}",
                         f"{size:,} bytes", f"{sum(call.bytes for call in one.calls):,} bytes")  # fmt: skip
+        for what in one.kept["left"]:
+            raise Wrong(f"the values are right, but {what}: nothing else is to change", f"rank {rank}, {about}")
 
 
 # ---- averaging in hooks ---------------------------------------------------------------------------------------
@@ -151,11 +158,15 @@ class average_in_hooks:
         cases = [
             (4, F64, False, False, False), (4, F32, True, False, False), (4, F64, True, True, False),
             (3, F64, True, False, False), (4, F64, True, False, True), (4, F64, True, False, False, True),
+            (4, F64, True, False, False, False, 1),
         ]  # fmt: skip
-        for n, dtype, same_weights, in_pairs, second, *placed in cases:
+        for n, dtype, same_weights, in_pairs, second, *more in cases:
+            placed, zero = any(more[:1]), len(more) > 1
             about = "two groups of 2 ranks" if in_pairs else f"{n} ranks"
             about += ", the second backward" if second else ", a parameter added to a layer's result" if placed else ""
-            seen = run(_hooked, dtype, same_weights, in_pairs, second, *placed, n=n, about=about)
+            about += ", all gradients of rank 1 zero" if zero else ""
+            stuck = "rank 1 does not make the calls that the others make: its gradients are zero here, and count" * zero
+            seen = run(_hooked, dtype, same_weights, in_pairs, second, *more, n=n, about=about, stuck=stuck)
             try:
                 _judge_average(seen, PAIRS if in_pairs else [list(range(n))], about)
             except Wrong as wrong:
@@ -193,10 +204,11 @@ class Placed(Sample):
         return self.extra(torch.tanh(self.fc2(torch.tanh(self.fc1(x)) + self.place)))
 
 
-def _hooked(answer, dtype, same_weights, in_pairs, second, placed=False):
+def _hooked(answer, dtype, same_weights, in_pairs, second, placed=False, zero_on=None):
     rank, kept, kind = dist.get_rank(), {}, Placed if placed else Sample
     model, twin = (kind(1 if same_weights else 1 + rank, dtype) for _ in range(2))
-    _loss(twin, _rows(1 + second, rank, dtype)).backward()
+    scale = float(rank != zero_on)
+    (_loss(twin, _rows(1 + second, rank, dtype)) * scale).backward()
     before, weights = _gradients(twin), {name: p.detach().clone() for name, p in model.named_parameters()}
 
     trainable = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
@@ -212,7 +224,7 @@ def _hooked(answer, dtype, same_weights, in_pairs, second, placed=False):
         for backward in range(1 + second):
             model.zero_grad()
             kept["started"], kept["earlier calls"] = _sequence(), _sequence() - sequence
-            _loss(model, _rows(1 + backward, rank, dtype)).backward()
+            (_loss(model, _rows(1 + backward, rank, dtype)) * scale).backward()
 
     seen = watched(everything)
     seen.calls = seen.calls[kept["earlier calls"] :] if second else seen.calls
@@ -260,12 +272,15 @@ class reduce_buckets:
 def _reduced(answer, sizes, orders, dtype, in_pairs):
     rank = dist.get_rank()
     buckets = [values((size,), dtype, rank, number) for number, size in enumerate(sizes)]
-    given, started, waited, begun, plain_wait = list(buckets), [], [], _sequence(), Work.wait
-    waits = [0]
+    given, started, waited, begun, waits = list(buckets), [], [], _sequence(), [0]
+    plain = Work.wait, torch._C.Future.wait
 
-    def wait(work, *args, **kwargs):
-        waits[0] += 1
-        return plain_wait(work, *args, **kwargs)
+    def counted(wait):
+        def waiting(*args, **kwargs):
+            waits[0] += 1
+            return wait(*args, **kwargs)
+
+        return waiting
 
     def arriving():
         for number in orders[rank]:
@@ -273,11 +288,11 @@ def _reduced(answer, sizes, orders, dtype, in_pairs):
             started.append(_sequence() - begun)
             waited.append(waits[0])
 
-    Work.wait = wait
+    Work.wait, torch._C.Future.wait = map(counted, plain)
     try:
         seen = watched(answer, arriving(), **_group(in_pairs))
     finally:
-        Work.wait = plain_wait
+        Work.wait, torch._C.Future.wait = plain
     seen.kept = {"after": given, "started": started, "waited": waited}
     return seen
 
@@ -289,11 +304,16 @@ def _judge_buckets(mine, members, sizes, orders, dtype, about):
     inputs = [[values((size,), dtype, rank, number) for rank in members] for number, size in enumerate(sizes)]
     for number, own in enumerate(inputs):
         total = sum(own)
+        never = "one arrival may set free several buckets, so start while there is a next one"
+        if all(len(one.calls) == len(sizes) for one in mine):
+            never = "what was reduced is a copy"
+        rebound = mine[0].ops & {"div", "mul"}
         mistakes = [
-            (f"the sum was not divided by {n}, the number of ranks", [total] * n),
-            (f"bucket {number} was never reduced: one arrival may set free several buckets, so start while there is a "
-             "next one", own),
+            (f"the sum was divided by {n} into a new tensor that is not the bucket: divide in place, bucket /= n"
+             if rebound else f"the sum was not divided by {n}, the number of ranks", [total] * n),
+            (f"bucket {number} was never reduced: {never}", own),
             (f"divided by the number of all ranks, 4, where the group has {n}", [total / 4] * n),
+            (f"divided twice by {n}", [total / n**2] * n),
         ]  # fmt: skip
         if len(set(sizes)) == 1:
             place = [order.index(number) for order in orders]  # when this bucket arrived on each rank
@@ -334,7 +354,7 @@ class accumulate_gradients:
     @staticmethod
     def check(run):
         for n, k, dtype, in_pairs in ((4, 3, F64, False), (4, 1, F32, False), (3, 2, F64, False), (4, 2, F64, True)):
-            about = f"{k} micro-batches on " + ("two groups of 2 ranks" if in_pairs else f"{n} ranks")
+            about = f"{k} micro-batch{'es' * (k > 1)} on " + ("two groups of 2 ranks" if in_pairs else f"{n} ranks")
             seen = run(_accumulated, k, dtype, in_pairs, n=n, about=about)
             groups = PAIRS if in_pairs else [list(range(n))]
             for members in groups:
@@ -345,17 +365,34 @@ def _accumulated(answer, k, dtype, in_pairs):
     rank, model = dist.get_rank(), Sample(3, dtype)
     _loss(model, _rows(99, rank, dtype)).backward()  # an old gradient
     batches, given, before = [(_rows(10 + i, rank, dtype), i) for i in range(k)], [], []
-    old = model.fc1.weight.grad.clone()
+    old, weights, saved = model.fc1.weight.grad.clone(), [p.detach().clone() for p in model.parameters()], []
+    asked, alive = list(batches), []
 
     def loss_of(model, x, y):
         given.append((y, len(x)))
         before.append(None if model.fc1.weight.grad is None else model.fc1.weight.grad.detach().clone())
-        return _loss(model, x)
+        alive.append(any(one() is not None for one in saved))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept(Box(t)), lambda box: box.t):
+            return _loss(model, x)
+
+    class Box:  # stands for a tensor that autograd keeps, and is gone when backward has let go of it
+        def __init__(self, t):
+            self.t = t
+
+    def kept(box):
+        saved.append(weakref.ref(box))
+        return box
 
     seen = watched(answer, model, batches, loss_of, **_group(in_pairs))
+    changed = [
+        name for name, p, weight in zip(dict(model.named_parameters()), model.parameters(), weights, strict=True)
+        if not torch.equal(p, weight)
+    ]  # fmt: skip
+    same_rows = all(torch.equal(x, _rows(10 + i, rank, dtype)) for x, i in asked)
     moved = [g is not None and bool(g.any()) and not torch.equal(g, old) for g in before]
     trainable = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
-    seen.kept = {"after": _gradients(model), "given": given, "moved": moved, "trainable": trainable}
+    seen.kept = {"after": _gradients(model), "given": given, "moved": moved, "trainable": trainable, "alive": alive}
+    seen.kept |= {"touched": changed, "batches": same_rows and [i for _, i in batches] == list(range(k))}
     return seen
 
 
@@ -381,7 +418,10 @@ def _judge_accumulated(mine, members, k, dtype, seen, about):
         sums = [sum(micro[name] for micro in rank) for rank in parts]
         mean, stale = sum(sums) / (k * n), [o[name] for o in old]
         means[name] = mean, sums, sums
-        last = sum(rank[-1][name] for rank in parts) / n
+        firsts, lasts = ([rank[at][name] for rank in parts] for at in (0, -1))
+        last = sum(lasts) / n
+        without_last = (sum(sums) - sum(lasts)) / (k * n)
+        early = "the ranks' mean is made before the last micro-batch is in: add up first, exchange once at the end"
         mistakes = [
             (f"{k} times too large: {k} micro-batches are added up, divide each loss by {k}", mean * k),
             (f"the sum over the ranks was not divided by {n}", mean * n),
@@ -393,6 +433,12 @@ def _judge_accumulated(mine, members, k, dtype, seen, about):
             ("the old gradient is still in it: zero_grad() first", mean + sum(stale) / n),
             ("the old gradient is still in it: zero_grad() first", mean * k + sum(stale) / n),
             (f"divided by the number of all ranks, {len(seen)}, where the group has {n}", mean * n / len(seen)),
+            ("the last micro-batch is left out", without_last),
+            ("only the first micro-batch is in it", sum(firsts) / n),
+            (early, [without_last + g / k for g in lasts]),
+            (early, [sum(firsts) / (k * n) + (s - g) / k for s, g in zip(sums, firsts, strict=True)]),
+            ("the ranks' losses are averaged, not their gradients: an all_reduce of a loss changes no gradient",
+             [s / (k * n) for s in sums]),
             ("the ranks' gradients are not exchanged", [s / k for s in sums]),
             ("the ranks' gradients are not exchanged, and not divided", sums),
         ]  # fmt: skip
@@ -408,13 +454,22 @@ def _judge_accumulated(mine, members, k, dtype, seen, about):
         if k > 1 and made == k * size:
             raise Wrong(f"the result is right, but it sends {k} times: once, after the last micro-batch, is enough",
                         where, f"{size:,} bytes", f"{made:,} bytes")  # fmt: skip
-        if one.kept["given"] != [(i, 3) for i in range(k)]:
+        if sorted(one.kept["given"]) != [(i, 3) for i in range(k)]:
             shown = {"expected": f"loss_of for each of {k} micro-batches", "got": f"{len(one.kept['given'])} calls"}
-            raise Wrong("loss_of has to see each micro-batch once, as it is: together they do not fit in memory", where,
-                        **shown)  # fmt: skip
+            more = len(one.kept["given"]) > k
+            why = "one forward of each is enough" if more else "together they do not fit in memory"
+            raise Wrong(f"loss_of has to see each micro-batch once, as it is: {why}", where, **shown)
         if not all(one.kept["moved"][1:]):
             raise Wrong("the next micro-batch begins before backward of the one before: the activations of all of them "
                         "are in memory at once", where)  # fmt: skip
+        if any(one.kept["alive"]):
+            raise Wrong("the activations of a micro-batch are still in memory when the next one begins: backward lets "
+                        "go of them, unless it is told to keep them (retain_graph=True)", where)  # fmt: skip
+        if one.kept["touched"]:
+            raise Wrong(f"the weights have changed ({one.kept['touched'][0]} is the first): only gradients are to "
+                        "change, steps are the optimizer's", where)  # fmt: skip
+        if not one.kept["batches"]:
+            raise Wrong("the result is right, but `batches` was changed: others may use them too", where)
     _judge_traffic(members, mine, means, about, False)
 
 
@@ -432,22 +487,38 @@ class sample_indices:
     @staticmethod
     def check(run):
         cases = [(12, 4, 0, 0), (12, 4, 1, 0), (10, 4, 0, 0), (7, 3, 2, 5), (40, 2, 0, 0), (40, 2, 1, 0), (40, 2, 2, 0),
-                 (40, 2, 0, 9), (5, 5, 0, 0), (6, 1, 3, 1)]  # fmt: skip
+                 (40, 2, 0, 9), (40, 2, 1, 9), (5, 5, 0, 0), (6, 1, 3, 1)]  # fmt: skip
         seen = run(_sampled, cases)
         if calls := [call for one in seen for call in one.calls]:
             raise Wrong(f"it calls {calls[0].op}: every rank can work out its part without asking")
         dealt, touched, _ = seen[0].kept
         for case, (lists, again) in zip(cases, dealt, strict=True):
-            _judge_samples(*case, lists, again)
+            try:
+                _judge_samples(*case, lists, again)
+            except Wrong as wrong:
+                if case == cases[3]:  # the first without 4 ranks
+                    said = wrong.diagnosis.partition(" (")[0]
+                    wrong.diagnosis = f"it works with 4 ranks, but not with 3 (is a 4 written into it?): {said}"
+                raise
         for rank, one in enumerate(seen):
             if one.kept[0] != dealt:
                 why = "what it gives differs from process to process: nothing but the arguments may go into the seed"
                 raise Wrong(why, f"rank {rank} against rank 0, called with the same arguments")
         orders = {case: lists for case, (lists, _) in zip(cases, dealt, strict=True)}
+        product = "in a product of the two a zero hides the other, so combine them otherwise"
         if orders[40, 2, 0, 0] == orders[40, 2, 1, 0]:
-            raise Wrong("every epoch has the same order: the epoch belongs into the seed", "40 samples on 2 ranks")
+            why = "every epoch has the same order: the epoch belongs into the seed"
+            if orders[40, 2, 0, 9] != orders[40, 2, 1, 9]:
+                why = f"with seed 0 every epoch has the same order: {product}"
+            raise Wrong(why, "40 samples on 2 ranks")
         if orders[40, 2, 0, 0] == orders[40, 2, 0, 9]:
-            raise Wrong("every seed gives the same order: seed is not used", "40 samples on 2 ranks")
+            why = "every seed gives the same order: seed is not used"
+            if orders[40, 2, 1, 0] != orders[40, 2, 1, 9]:
+                why = f"in epoch 0 every seed gives the same order: {product}"
+            raise Wrong(why, "40 samples on 2 ranks")
+        if orders[40, 2, 2, 0] in (orders[40, 2, 0, 0], orders[40, 2, 1, 0]):
+            raise Wrong("epoch 2 has the order of an earlier one: another epoch deals them out anew",
+                        "40 samples on 2 ranks")  # fmt: skip
         if set(orders[40, 2, 0, 0][0]) == set(orders[40, 2, 1, 0][0]) == set(orders[40, 2, 2, 0][0]):
             raise Wrong("a rank has the same samples in every epoch, only in another order: shuffle, then deal out",
                         "rank 0, 40 samples on 2 ranks")  # fmt: skip
@@ -488,10 +559,15 @@ def _sampled(answer, cases):
 
     if numpy:
         numpy.random.random()
-    torch.rand(1), random.random()  # an answer that was checked before may have left its own seed here
-    before, dealt = states(), []
-    seen = watched(lambda: dealt.extend((all_ranks(*case), all_ranks(*case)) for case in cases))
-    touched = next((what for what, state in states().items() if state != before[what]), "")
+    # other numbers on every rank; an answer that was checked before may have left its own seed here
+    own, dealt = torch.get_rng_state(), []
+    torch.manual_seed(torch.initial_seed() % 2**32 + 1 + dist.get_rank()), random.random()
+    before = states()
+    try:
+        seen = watched(lambda: dealt.extend((all_ranks(*case), all_ranks(*case)) for case in cases))
+        touched = next((what for what, state in states().items() if state != before[what]), "")
+    finally:
+        torch.set_rng_state(own)
     seen.kept = dealt, touched, elsewhere()
     return seen
 
@@ -504,7 +580,8 @@ def _as_list(value):
     if isinstance(value, torch.Tensor) and value.dim() == 1:
         return value.tolist()
     if isinstance(value, (list, tuple, range)):
-        return [int(v) if hasattr(v, "__index__") else Other(type(v).__name__) for v in value]
+        whole = [hasattr(v, "__index__") and not isinstance(v, bool) for v in value]
+        return [int(v) if fits else Other(type(v).__name__) for v, fits in zip(value, whole, strict=True)]
     return Other(type(value).__name__)
 
 
@@ -513,8 +590,11 @@ def _judge_samples(length, n, epoch, seed, lists, again):
     for rank, one in enumerate(lists):
         if not isinstance(one, list):
             raise Wrong(f"it returns a {one.type}: a list of numbers is asked for", f"rank {rank}, {about}")
-        if bad := [i for i in one if not isinstance(i, int) or not 0 <= i < length]:
-            raise Wrong(f"there is no sample {bad[0]!r:.20}", f"rank {rank}, {about}")
+        if strange := [i.type for i in one if not isinstance(i, int)]:
+            raise Wrong(f"a {strange[0]} is in the list: a sample's number is a whole number (int)",
+                        f"rank {rank}, {about}")  # fmt: skip
+        if bad := [i for i in one if not 0 <= i < length]:
+            raise Wrong(f"there is no sample {bad[0]}", f"rank {rank}, {about}")
     if lists != again:
         raise Wrong("two calls with the same arguments give different lists: seed the shuffle", about)
     shown = {
@@ -526,6 +606,9 @@ def _judge_samples(length, n, epoch, seed, lists, again):
     missing = sorted(set(range(length)) - set(together))
     if n > 1 and all(one == lists[0] for one in lists):
         raise Wrong("every rank gets the same samples: rank is not used to deal them out", about, **shown)
+    if any(len(set(one)) < len(one) for one in lists) and missing:
+        raise Wrong("a rank sees a sample twice: it draws with replacement, where a shuffle is asked for", about,
+                    **shown)  # fmt: skip
     if twice and len(together) == length:
         raise Wrong("the ranks shuffle differently, so their parts overlap: the rank must not be in the seed", about,
                     **shown)  # fmt: skip
@@ -557,9 +640,9 @@ class weighted_gradients:
     def check(run):
         cases = [([5, 3, 2, 1], F64, False), ([3, 3, 3, 3], F32, False), ([4, 0, 1, 3], F64, False),
                  ([6, 1, 2], F64, False), ([2, 5, 4, 2], F64, True), ([2500, 3, 0, 2], F64, False)]  # fmt: skip
-        stuck = "the ranks do not make the same calls: a rank without rows has to take part, too"
         for sizes, dtype, in_pairs in cases:
-            n = len(sizes)
+            n, stuck = len(sizes), "the ranks do not make the same calls, in the same order"
+            stuck += ": a rank without rows has to take part, too" if 0 in sizes else ""
             about = f"{', '.join(map(str, sizes))} rows on " + ("two groups of 2 ranks" if in_pairs else f"{n} ranks")
             seen = run(_weighed, sizes, dtype, in_pairs, n=n, about=about, stuck=stuck)
             try:
@@ -584,6 +667,11 @@ def _weighed(answer, sizes, dtype, in_pairs):
 
 def _judge_weighed(seen, members, sizes, about):
     mine, rows, n = [seen[r] for r in members], [sizes[r] for r in members], len(members)
+    for rank, one in zip(members, mine, strict=True):
+        for call in one.calls:
+            if call.op != "all_reduce" and 0 < call.bytes <= 8 * n:
+                why = f"it calls {call.op} for the number of rows: an all_reduce adds it up, everywhere"
+                raise Wrong(why, f"rank {rank}, {about}")
     only_calls(mine, ("all_reduce",), OTHER_CALLS)
     for rank, one in zip(members, mine, strict=True):
         if one.kept["touched"]:
@@ -724,7 +812,10 @@ def _judge_compressed(mine, members, size, k, dtype, seed, about):
             torch.zeros_like(mean).index_copy(0, places, sum(v[v.abs().topk(k).indices] for v in wanted) / n)
         )
     plain = [g for g, _ in inputs]
+    two = min(2, size)
     mistakes = [
+        *[("k is not used: 2 elements of each rank are sent", sum(_chosen(w, w.abs(), two) for w in wanted) / n)
+          ] * (k != two),
         ("the residual is not added before choosing: what was left out never gets its turn",
          sum(_chosen(g, g.abs(), k) for g in plain) / n),
         ("chosen among gradient alone: what was left out grows, but never gets its turn",
@@ -776,3 +867,6 @@ def _judge_compressed(mine, members, size, k, dtype, seed, about):
         if made > most:
             raise Wrong("the result is right, but more travels than k elements and k places", f"rank {rank}, {about}",
                         f"at most {most:,} bytes", f"{made:,} bytes")  # fmt: skip
+        if len(one.calls) > 2:
+            raise Wrong(f"the result is right, but it takes {len(one.calls)} calls: one for the elements and one for "
+                        "their places are enough", f"rank {rank}, {about}")  # fmt: skip

@@ -43,8 +43,9 @@ def _judge_shards(numel, n, shards):
         shown = {"expected": str(want), "got": str(got)}
         if not isinstance(got, (tuple, list)) or len(got) != 3:
             raise Wrong(f"it returns {type_of(got)}: three whole numbers (start, stop, padding) are asked for", where)
-        if any(not isinstance(v, int) or isinstance(v, bool) for v in got):
-            raise Wrong("whole numbers are asked for: use // instead of /", where, **shown)
+        if strange := [v for v in got if not isinstance(v, int) or isinstance(v, bool)]:
+            use = "use // instead of /" if isinstance(strange[0], float) else f"a {type_of(strange[0])} is among them"
+            raise Wrong(f"whole numbers (int) are asked for: {use}", where, **shown)
         if tuple(got) != want:
             raise Wrong(_why(numel, n, rank, got, want, length), where, **shown)
 
@@ -68,6 +69,8 @@ def _why(numel, n, rank, got, want, length):
     if (start, stop) == (start_wanted, stop_wanted):
         if padding == n * length - numel:
             return f"padding {padding} is what the whole line needs: each shard has only its own part of it"
+        if padding == stop - start:
+            return f"the third number is the shard's length, {padding}: its padding, {want[2]}, is asked for"
         return f"start and stop are right, padding is not: shards are {length} long with it"
     uneven = [down + (r < numel % n) for r in range(n)]
     if (start, stop) == (sum(uneven[:rank]), sum(uneven[: rank + 1])):
@@ -103,6 +106,19 @@ class zero_memory:
         mistakes = [
             ("the bytes of each kind are ignored: 4, 4 and 8 are only their defaults",
              lambda psi, n, stage, *kinds: held(psi, n, stage)),
+            ("parameter_bytes is not used: 4 is only its default",
+             lambda psi, n, stage, p, g, s: held(psi, n, stage, 4, g, s)),
+            ("gradient_bytes is not used: 4 is only its default",
+             lambda psi, n, stage, p, g, s: held(psi, n, stage, p, 4, s)),
+            ("state_bytes is not used: 8 is only its default",
+             lambda psi, n, stage, p, g, s: held(psi, n, stage, p, g, 8)),
+            ("stage 2 does no more than stage 1 here: it shards the gradients, too",
+             lambda psi, n, stage, *kinds: held(psi, n, 1 if stage == 2 else stage, *kinds)),
+            ("stage 2 does what stage 3 does here: it leaves the parameters whole",
+             lambda psi, n, stage, *kinds: held(psi, n, 3 if stage == 2 else stage, *kinds)),
+            ("n is not used: this is for 4 ranks", lambda psi, n, stage, *kinds: held(psi, 4, stage, *kinds)),
+            ("at stage 3 the gathered parameters are counted: they are not held all the time",
+             lambda psi, n, stage, p, g, s: held(psi, n, stage, p, g, s) + psi * p * (stage == 3)),
             ("the stages are shifted by one: stage 0 shards nothing",
              lambda psi, n, stage, *kinds: held(psi, n, stage + 1, *kinds)),
             ("the stages are shifted by one: stage 1 shards the optimizer's state",
@@ -117,13 +133,16 @@ class zero_memory:
             ("at every stage everything is divided by n", lambda psi, n, stage, *kinds: psi * sum(kinds) / n),
             ("nothing is divided by n: what is sharded is held to one n-th", lambda psi, n, stage, *kinds:
              psi * sum(kinds)),
-            ("this is in GB: bytes are asked for", lambda *args: held(*args) / 1e9),
+            *((f"this is in {unit}: bytes are asked for", lambda *args, unit=unit, size=size: held(*args) / size)
+              for unit, size in (("GB", 1e9), ("MB", 1e6), ("GiB", 2**30), ("MiB", 2**20), ("bits", 1 / 8))),
             ("at stage 1 the gradients are still whole: only stage 2 shards them",
              lambda psi, n, stage, p, g, s: psi * (p / (n if stage > 2 else 1) + (g + s) / (n if stage > 0 else 1))),
             ("the order is wrong: stage 2 shards the gradients, and only stage 3 the parameters",
              lambda psi, n, stage, p, g, s: held(psi, n, stage, g, p, s)),
             ("state_bytes is not used: the state need not be two numbers of the parameters' kind",
              lambda psi, n, stage, p, g, s: held(psi, n, stage, p, g, 2 * p)),
+            ("n-ths are rounded up here: divide with /, and round nothing", lambda psi, n, stage, p, g, s: sum(
+                b * (-(-psi // n) if stage > level else psi) for b, level in ((p, 2), (g, 1), (s, 0)))),
             ("n-ths are rounded down here: divide with /, not with //",
              lambda psi, n, stage, p, g, s: psi * p // (n if stage > 2 else 1) + psi * g // (n if stage > 1 else 1)
              + psi * s // (n if stage > 0 else 1)),
@@ -133,7 +152,12 @@ class zero_memory:
 
 # ---- a step of ZeRO-1 -----------------------------------------------------------------------------------------
 
-LR, BETA, STEPS = 0.1, 0.9, 2
+STEPS = 2
+
+
+def _rates(seed):
+    """(lr, beta): others in the second case, in case somebody writes them down."""
+    return (0.1, 0.9) if seed == 0 else (0.3, 0.6)
 
 
 def _start(k, n, dtype, seed):
@@ -143,7 +167,10 @@ def _start(k, n, dtype, seed):
 
 
 def _counted(seen, n):
-    """`seen`, where a reduce_scatter of a list is one call: gloo makes n of it, and torch counts those."""
+    """`seen`, where a reduce_scatter of a list is one call (gloo makes n of it, and torch counts those), and
+    functional collectives have the names of the others."""
+    for call in seen.calls:
+        call.op = {"all_gather_into_tensor": "all_gather", "all_to_all_single": "all_to_all"}.get(call.op, call.op)
     seen.hidden = max(0, seen.hidden - (n - 1) * sum(call.op == "reduce_scatter" for call in seen.calls))
     return seen
 
@@ -153,20 +180,21 @@ def _take_steps(answer, k, dtype, seed):
     parameters, momentum, gradients = _start(k, n, dtype, seed)
     parameters, momentum = parameters.clone(), momentum.chunk(n)[rank].clone()
     own = [g[rank].clone() for g in gradients]
-    seen = watched(lambda: [answer(parameters, g, momentum, LR, BETA) for g in own][-1])
+    seen = watched(lambda: [answer(parameters, g, momentum, *_rates(seed)) for g in own][-1])
     read_only = all(torch.equal(g, before[rank]) for g, before in zip(own, gradients, strict=True))
     seen.kept = {"parameters": parameters, "momentum": momentum, "read_only": read_only}
     return _counted(seen, n)
 
 
-def _by_rule(k, n, dtype, seed, mean=None, rule=None, gathered=True):
+def _by_rule(k, n, dtype, seed, mean=None, rule=None, gathered=True, rates=None, steps=STEPS):
     """(every rank's parameters, every rank's momentum) after the steps, by the right rule or a mistaken one."""
     parameters, momentum, gradients = _start(k, n, dtype, seed)
     mean = mean or (lambda g, rank: sum(g) / n)
-    rule = rule or (lambda p, m, g: (p - LR * (BETA * m + g), BETA * m + g))
+    lr, beta = rates or _rates(seed)
+    rule = rule or (lambda p, m, g: (p - lr * (beta * m + g), beta * m + g))
     shards = [list(parameters.chunk(n)) for _ in range(n)]
     momenta = list(momentum.chunk(n))
-    for g in gradients:
+    for g in gradients[:steps]:
         for rank in range(n):
             own = mean(g, rank).chunk(n)[rank]
             shards[rank][rank], momenta[rank] = rule(shards[rank][rank], momenta[rank], own)
@@ -210,7 +238,7 @@ class zero1_step:
 
 
 def _judge_step(seen, n, k, dtype, seed, about):
-    case = k, n, dtype, seed
+    case, (lr, beta) = (k, n, dtype, seed), _rates(seed)
     parameters, momentum, _ = _start(*case)
     expected, momenta = _by_rule(*case)
     rules = {
@@ -221,31 +249,45 @@ def _judge_step(seen, n, k, dtype, seed, about):
         ),
         "the shards were not gathered: a rank has updated its own n-th only": _by_rule(*case, gathered=False),
         "the sign is wrong: parameters go down along the momentum": _by_rule(
-            *case, rule=lambda p, m, g: (p + LR * (BETA * m + g), BETA * m + g)
+            *case, rule=lambda p, m, g: (p + lr * (beta * m + g), beta * m + g)
         ),
         "the step uses the gradient instead of the new momentum": _by_rule(
-            *case, rule=lambda p, m, g: (p - LR * g, BETA * m + g)
+            *case, rule=lambda p, m, g: (p - lr * g, beta * m + g)
         ),
         "the parameters are updated before the momentum: the step uses the old one": _by_rule(
-            *case, rule=lambda p, m, g: (p - LR * m, BETA * m + g)
+            *case, rule=lambda p, m, g: (p - lr * m, beta * m + g)
         ),
         "the gradient is multiplied by 1 - beta: momentum is beta * momentum + gradient": _by_rule(
-            *case, rule=lambda p, m, g: (p - LR * (BETA * m + (1 - BETA) * g), BETA * m + (1 - BETA) * g)
+            *case, rule=lambda p, m, g: (p - lr * (beta * m + (1 - beta) * g), beta * m + (1 - beta) * g)
         ),
         "the momentum is never kept: write it into `momentum`, the next step needs it": _by_rule(
-            *case, rule=lambda p, m, g: (p - LR * (BETA * m + g), m)
+            *case, rule=lambda p, m, g: (p - lr * (beta * m + g), m)
         ),
         "the old momentum is lost: momentum is beta * momentum + gradient": _by_rule(
-            *case, rule=lambda p, m, g: (p - LR * g, g)
+            *case, rule=lambda p, m, g: (p - lr * g, g)
         ),
         "this is Nesterov's step, gradient + beta * momentum: the momentum alone is asked for": _by_rule(
-            *case, rule=lambda p, m, g: (p - LR * (g + BETA * (BETA * m + g)), BETA * m + g)
+            *case, rule=lambda p, m, g: (p - lr * (g + beta * (beta * m + g)), beta * m + g)
         ),
     }
+    rules["lr is multiplied into the momentum: it belongs to the step, parameters - lr * momentum"] = _by_rule(
+        *case, rule=lambda p, m, g: (p - (beta * m + lr * g), beta * m + lr * g)
+    )
+    if seed:
+        first = _rates(0)
+        for what, rates in (("lr is", (first[0], beta)), ("beta is", (lr, first[1])), ("lr and beta are", first)):
+            why = f"{what} not used: it is right where they are {first[0]} and {first[1]}, and here {lr} and {beta}"
+            rules[why] = _by_rule(*case, rates=rates)
+        rules[f"beta is not used: here it is {beta}, and not 1 - lr"] = _by_rule(*case, rates=(lr, 1 - lr))
+    before = _by_rule(*case, steps=STEPS - 1)[0][0].chunk(n)
+    stale = [torch.cat([p if o == r else before[o] for o, p in enumerate(whole.chunk(n))])
+             for r, whole in enumerate(expected)]  # fmt: skip
     mistakes = [(why, would[0]) for why, would in rules.items()]
+    mistakes.append(("the shards are gathered before the step: the others have this rank's old one", stale))
     backwards = torch.cat(list(expected[0].chunk(n))[::-1])
     mistakes.append(("the shards are in the wrong order: shard r is rank r's", [backwards] * n))
-    mistakes.append(("parameters are as they were: write the gathered shards into them", [parameters] * n))
+    idle = "parameters are as they were: write the new shard into them, and those that are gathered"
+    mistakes.append((idle, [parameters] * n))
     same([s.kept["parameters"] for s in seen], expected, "parameters", about, mistakes)
     same([s.kept["momentum"] for s in seen], momenta, "momentum", about,
          [("the momentum is never kept: write it into `momentum`", list(momentum.chunk(n)))])  # fmt: skip
@@ -310,7 +352,7 @@ def _use(answer, seed, sizes, batch, dtype):
     gc.collect()
     before = _memory(_tensors())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        seen = watched(forward)
+        seen = _counted(watched(forward), n)
     _under_way.clear()  # else what the calls filled would be alive still
     known = before | _memory(t for t in [*outputs, seen.result, x, *shards] if isinstance(t, torch.Tensor))
     for _ in range(20):  # gloo's threads may hold on to tensors for a moment
@@ -333,7 +375,7 @@ def _use(answer, seed, sizes, batch, dtype):
                  "the gradient that backward is given": [(given, gradient)]}  # fmt: skip
         seen.kept |= {"backward": after.calls, "x": x.grad, "shards": [s.grad for s in shards]}
         seen.kept["changed"] = [what for what, both in pairs.items() if not all(torch.equal(a, b) for a, b in both)]
-        for name in ("reference", "torchs", "hidden", "unwaited"):
+        for name in ("reference", "torchs", "hidden", "unwaited", "early"):
             setattr(seen, name, getattr(seen, name) or getattr(after, name))
     return seen
 
@@ -386,10 +428,13 @@ class sharded_linear:
         for seed, (n, sizes, batch, dtype) in enumerate(cases):
             layers = "" if len(sizes) == 2 else ", two layers one after the other"
             about = f"{sizes[0]} → {sizes[-1]} features, {batch} rows a rank, {str(dtype)[6:]}, {n} ranks{layers}"
-            seen = run(_use, seed, sizes, batch, dtype, n=n, about=about)
             try:
-                _judge_use(seen, seed, sizes, batch, dtype, about)
+                _judge_use(run(_use, seed, sizes, batch, dtype, n=n, about=about), seed, sizes, batch, dtype, about)
             except Wrong as wrong:
+                if layers:
+                    wrong.diagnosis = (
+                        f"one layer works, two do not (is something kept outside of ctx?): {wrong.diagnosis}"
+                    )
                 if seed == 2:
                     wrong.diagnosis = (
                         f"it works with 4 ranks, but not with 3 (is a 4 written into it?): {wrong.diagnosis}"
@@ -426,7 +471,12 @@ def _judge_use(seen, seed, sizes, batch, dtype, about):
                 "the output has no graph: torch.distributed's calls are not differentiable, so backward must be "
                 "written, in a torch.autograd.Function", f"rank {rank}, {about}",
             )  # fmt: skip
-    mistakes = [("x has the mean of the ranks' gradients: its rows are this rank's own", [sum(x_grads) / n] * n)]
+        if one.kept["x"] is None:
+            raise Wrong("x has no gradient: return it from backward, in the place of x", f"rank {rank}, {about}")
+    mistakes = [
+        ("x has the mean of the ranks' gradients: its rows are this rank's own", [sum(x_grads) / n] * n),
+        (f"x's gradient is divided by {n}: its rows are this rank's own", [g / n for g in x_grads]),
+    ]
     if batch == 1:
         _judge_memory(seen, size, about)
         old = all(one.kept["copy"] and equal(one.kept["x"], g) for one, g in zip(seen, x_grads, strict=True))
@@ -443,6 +493,9 @@ def _judge_use(seen, seed, sizes, batch, dtype, about):
         mistakes = [
             (f"the sum was not divided by {n}: shard.grad is the mean over the ranks", list(total)),
             (f"divided twice by {n}", [t / n**2 for t in total]),
+            (f"divided by the {batch} rows: the loss has done that, only ranks are to be averaged over",
+             [t / n / batch for t in total]),
+            ("shard.grad is counted twice: backward returns it, and autograd adds it up", [2 * t / n for t in total]),
             ("nothing was reduced: shard.grad is cut from this rank's own gradient",
              [w.flatten().chunk(n)[r] for r, w in enumerate(whole)]),
             ("nothing was reduced, and the own gradient is divided by n",
@@ -476,8 +529,6 @@ def _judge_memory(seen, size, about):
 
 # ---- clipping -------------------------------------------------------------------------------------------------
 
-CLIPPED = 0.5
-
 
 def _gradients(rank, n, shapes, dtype, seed, scale):
     """This rank's tensors; the last rank has none where `shapes` says so."""
@@ -485,9 +536,9 @@ def _gradients(rank, n, shapes, dtype, seed, scale):
     return [values(shape, dtype, 10 * rank + i, seed) * scale for i, shape in enumerate(mine)]
 
 
-def _clip(answer, shapes, dtype, seed, scale):
+def _clip(answer, shapes, dtype, seed, scale, most):
     tensors = _gradients(dist.get_rank(), dist.get_world_size(), shapes, dtype, seed, scale)
-    seen = watched(lambda: answer(list(tensors), CLIPPED))
+    seen = watched(lambda: answer(list(tensors), most))
     seen.kept = torch.cat([torch.empty(0, dtype=dtype), *(t.flatten() for t in tensors)])
     return seen
 
@@ -503,19 +554,20 @@ class clip_sharded:
 
     @staticmethod
     def check(run):
-        cases = [(4, "", F64, 1.0), (4, "", F64, 0.01), (4, "last has none", F64, 1.0), (3, "", F32, 3.0),
-                 (2, "last has none", F32, 2.0), (4, "", F32, 0.0)]  # fmt: skip
-        for seed, (n, shapes, dtype, scale) in enumerate(cases):
-            small = ", whose norm is below max_norm" if scale < 0.1 else ""
-            about = f"{n} ranks, {str(dtype)[6:]} gradients{small}" + (f", rank {n - 1} has none" if shapes else "")
+        cases = [(4, "", F64, 1.0, 0.5), (4, "", F64, 0.01, 0.5), (4, "last has none", F64, 1.0, 0.5),
+                 (3, "", F32, 3.0, 0.5), (2, "last has none", F32, 2.0, 0.5), (4, "", F32, 0.0, 0.5),
+                 (4, "", F64, 1.0, 8.0)]  # fmt: skip
+        for seed, (n, shapes, dtype, scale, most) in enumerate(cases):
+            about = f"{n} ranks, {str(dtype)[6:]} gradients, max_norm {most}"
+            about += f", rank {n - 1} has none" if shapes else ""
             stuck = (
                 f"rank {n - 1} has no gradients here, and does not make the call that the others make" if shapes else ""
             )
-            seen = run(_clip, shapes, dtype, seed, scale, n=n, about=about, stuck=stuck)
-            _judge_clip(seen, shapes, dtype, seed, scale, about)
+            seen = run(_clip, shapes, dtype, seed, scale, most, n=n, about=about, stuck=stuck)
+            _judge_clip(seen, shapes, dtype, seed, scale, most, about)
 
 
-def _judge_clip(seen, shapes, dtype, seed, scale, about):
+def _judge_clip(seen, shapes, dtype, seed, scale, most, about):
     n = len(seen)
     before = [
         torch.cat([torch.empty(0, dtype=dtype), *(t.flatten() for t in _gradients(r, n, shapes, dtype, seed, scale))])
@@ -544,8 +596,12 @@ def _judge_clip(seen, shapes, dtype, seed, scale, about):
         ("the mean over the ranks was taken, where the sum is asked for", [norm / n**0.5] * n),
         ("the mean of the ranks' norms is not the norm of all", [sum(own) / n] * n),
         ("the largest of the ranks' norms is not the norm of all", [max(own)] * n),
-        ("this is the norm after clipping: the one before is asked for", [norm.clamp(max=CLIPPED)] * n),
-        ("this is the factor, not the norm", [CLIPPED / norm] * n),
+        ("this is the norm after clipping: the one before is asked for", [norm.clamp(max=most)] * n),
+        ("this is the factor, not the norm", [most / norm] * n),
+        ("this is the largest element, not the root of the sum of squares",
+         [torch.cat(before).double().abs().max()] * n),
+        ("this is the sum of absolute values, not the root of the sum of squares",
+         [torch.cat(before).double().abs().sum()] * n),
         ("the tensors' norms were added: norms do not add up, their squares do", [sum(sum(of_tensors, []))] * n),
         ("the tensors' norms were added: norms do not add up, their squares do",
          [sum(sum(norms) ** 2 for norms in of_tensors) ** 0.5] * n),
@@ -555,18 +611,24 @@ def _judge_clip(seen, shapes, dtype, seed, scale, about):
     def times(factor):
         return [b * float(f) for b, f in zip(before, factor if isinstance(factor, list) else [factor] * n, strict=True)]
 
-    right = times(min(1.0, CLIPPED / norm) if norm else 1.0)
+    right = times(min(1.0, most / norm) if norm else 1.0)
+    squared = times(most / norm if norm**2 > most else 1.0)
+    fixed = [f for f in (0.5, 1.0) if f != most and norm > f]
     mistakes = [
+        *((f"max_norm is not used: it is {most} here, and not {f}", times(f / norm)) for f in fixed),
+        *[("the norm is below max_norm, and yet the gradients are scaled up to it: what is compared with max_norm, the "
+           "sum of squares?", squared)] * bool(norm < most < norm**2),
         ("the gradients are as they were: scale them in place (g *= …)", before),
-        ("gradients below max_norm were scaled up to it: clip only where the norm is above", times(CLIPPED / norm)),
+        (f"divided by {n}, besides: one factor for all, max_norm / norm", times(most / norm / n if norm else 1.0)),
+        ("gradients below max_norm were scaled up to it: clip only where the norm is above", times(most / norm)),
         ("each rank scaled by its own norm: one factor for all, from the global norm",
-         times([min(1.0, CLIPPED / float(o)) if o else 1.0 for o in own])),
-        ("scaled by max_norm / norm twice", times(min(1.0, (CLIPPED / norm) ** 2) if norm else 1.0)),
+         times([min(1.0, most / float(o)) if o else 1.0 for o in own])),
+        ("scaled by max_norm / norm twice", times(min(1.0, (most / norm) ** 2) if norm else 1.0)),
         ("divided by the norm, but not multiplied by max_norm", times(1 / norm if norm else 1.0)),
         ("every element was clamped to ±max_norm: that changes the gradient's direction",
-         [b.clamp(-CLIPPED, CLIPPED) for b in before]),
+         [b.clamp(-most, most) for b in before]),
     ]  # fmt: skip
-    same([one.kept for one in seen], right, "the gradients", about, mistakes, tolerance=close)
+    same([one.kept for one in seen], right, "the gradient", about, mistakes, tolerance=close)
     for rank, one in enumerate(seen):
         reduced = [call.bytes for call in one.calls if call.op == "all_reduce"]
         if len(reduced) > 1 or len(one.calls) > 2 * n:

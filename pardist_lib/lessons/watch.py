@@ -41,6 +41,7 @@ class Seen:
     result: object = None
     calls: list[Call] = field(default_factory=list)
     unwaited: int = 0  # asynchronous calls whose wait() was never called
+    early: str = ""  # the first operation on a tensor whose message was still under way, and what that message was
     hidden: int = 0  # calls made where the check does not look: in another thread
     torchs: str = ""  # something of torch's that does it all, if it was called: DDP, a collective that pickles
     reference: str = ""  # a function of this course that was called
@@ -60,6 +61,7 @@ class _Noting(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls, self.works, self.ops, self.dtypes = [], [], set(), set()
+        self.under_way, self.early = [], ""  # messages since the last wait: (operation, its tensors)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         space, _, name = function._schema.name.partition("::")
@@ -70,12 +72,22 @@ class _Noting(TorchDispatchMode):
         if space == "c10d":
             self.calls.append(Call(_op(name), _bytes(args[0]), peer, _dtype(args[0]), _ranks(args)))
             self.works.append(result)
+            self.under_way.append((_op(name), _spans(args[0])))
         elif space in ("_c10d_functional", "c10d_functional") and not name.startswith("_") and name != "wait_tensor":
-            self.calls.append(Call(_op(name), _bytes(args[0]), None, _dtype(args[0]), _ranks(args)))
+            self.calls.append(Call(_op(name), _bytes(result), None, _dtype(args[0]), _ranks(args)))
         else:
             self.ops.add(name)
             self.dtypes.add(_dtype(result))
+            if self.under_way and not self.early:
+                self._look_for_a_race(name, function._schema.is_mutable, args)
         return result
+
+    def _look_for_a_race(self, name, writes, args):
+        """Two things at one tensor: what comes out is chance. A tensor that is sent may still be read."""
+        for op, tensors in self.under_way:
+            touched = args[:1] if writes and op == "send" else args if writes or name in _READS and op != "send" else ()
+            if any(a < d and c < b for a, b in tensors for c, d in _spans(touched)):
+                self.early = f"{name} works on a tensor whose {op} is still under way"
 
 
 def _op(name):
@@ -102,6 +114,17 @@ def _bytes(tensors):
     return sum(map(_bytes, tensors)) if isinstance(tensors, (list, tuple)) else 0
 
 
+_READS = ("div", "mul", "add", "sub", "clone")  # of those that do not write; others may only ask for a shape
+
+
+def _spans(tensors):
+    """[(first, end)] of the memory of a tensor or of those in a list; without those that have gaps."""
+    if isinstance(tensors, torch.Tensor):
+        plain = tensors.layout == torch.strided and tensors.is_contiguous() and not tensors.is_meta
+        return [(tensors.data_ptr(), tensors.data_ptr() + _bytes(tensors))] if plain else []
+    return sum(map(_spans, tensors), []) if isinstance(tensors, (list, tuple)) else []
+
+
 def _dtype(tensors):
     """'float32', of a tensor or of the first in a list; '' where there is none."""
     if isinstance(tensors, (list, tuple)):
@@ -124,12 +147,8 @@ def _ranks(args):
 
 def watched(answer, *args, **kwargs):
     """Call `answer(*args, **kwargs)` on this rank and return what was seen. What it raises passes through."""
-    noting, waited, seen, plain_wait = _Noting(), {}, Seen(), Work.wait
+    noting, seen = _Noting(), Seen()
     _under_way[:] = [noting.works]  # a Work that is dropped takes its message along: kept until the next call
-
-    def wait(work, *args, **kwargs):
-        waited[id(work)] = work  # kept, so that its id stays its own
-        return plain_wait(work, *args, **kwargs)
 
     def notice(frame, event, _):
         if event == "call":
@@ -144,23 +163,48 @@ def watched(answer, *args, **kwargs):
                 seen.torchs = "DistributedDataParallel"
 
     before = _sequence()
-    Work.wait = wait
-    try:
-        with noting:
-            sys.setprofile(notice)
-            try:
-                result = answer(*args, **kwargs)
-            finally:
-                sys.setprofile(None)
-    finally:
-        Work.wait = plain_wait
+    with _waits(noting) as waited, noting:
+        sys.setprofile(notice)
+        try:
+            result = answer(*args, **kwargs)
+        finally:
+            sys.setprofile(None)
     seen.result, seen.calls, seen.ops, seen.dtypes = plain(result), noting.calls, noting.ops, noting.dtypes
     seen.unwaited = max(0, len(noting.works) - len(waited))
     seen.hidden = max(0, _sequence() - before - len(noting.calls))
+    seen.early = noting.early
     return seen
 
 
 _under_way = []
+
+
+@contextmanager
+def _waits(noting):
+    """Inside, yields the works that were waited for: by wait(), or by that of a future made of them."""
+    waited, futures = {}, {}  # the works themselves, so that their ids stay theirs
+    plain = Work.wait, Work.get_future, torch._C.Future.wait
+
+    def wait(work, *args, **kwargs):
+        waited[id(work)] = work
+        noting.under_way.clear()
+        return plain[0](work, *args, **kwargs)
+
+    def get_future(work):
+        futures[id(work)] = work
+        noting.under_way.clear()  # what is given to then() may run at once
+        return plain[1](work)
+
+    def wait_future(future):
+        waited.update(futures)
+        noting.under_way.clear()
+        return plain[2](future)
+
+    Work.wait, Work.get_future, torch._C.Future.wait = wait, get_future, wait_future
+    try:
+        yield waited
+    finally:
+        Work.wait, Work.get_future, torch._C.Future.wait = plain
 
 
 def _called(frame):
@@ -184,7 +228,8 @@ def plain(value, depth=3):
     """`value` where it is something that an exercise can ask for, else an `Other` with the name of its type."""
     if isinstance(value, torch.Tensor):
         ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
-        return value.detach().cpu().clone() if ordinary and not value.is_meta else Other(type(value).__name__)
+        kind = "sparse tensor" if value.layout != torch.strided else type(value).__name__
+        return value.detach().cpu().clone() if ordinary and not value.is_meta else Other(kind)
     if isinstance(value, (NoneType, bool, int, float, range, slice, str)):
         return value if not isinstance(value, str) else value[:200]
     if type(value) in (list, tuple) and depth and len(value) <= 1000:

@@ -109,6 +109,53 @@ def state_dict_and_the_rest(model, group=None):
             dist.broadcast(t, group=group, group_src=0)
 
 
+@mistake("broadcast_model", "broadcast goes over all ranks: `group` is missing from it")
+def over_the_world(model, group=None):
+    for t in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(t.detach(), 0)
+
+
+def broadcast_all(model, group):
+    for t in [*model.parameters(), *model.buffers()]:
+        dist.broadcast(t.detach(), group=group, group_src=0)
+
+
+@mistake("broadcast_model", "tied.weight is another tensor than before")
+def unties(model, group=None):
+    broadcast_all(model, group)
+    model.tied.weight = torch.nn.Parameter(model.tied.weight.detach().clone())
+
+
+@mistake("broadcast_model", "the values are right, but eval() was called")
+def leaves_it_in_eval(model, group=None):
+    broadcast_all(model.eval(), group)
+
+
+@mistake("broadcast_model", "the values are right, but parameters have gradients now")
+def makes_gradients(model, group=None):
+    broadcast_all(model, group)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+
+@mistake("broadcast_model", "the ranks do not make the same calls")
+def in_an_order_of_its_own(model, group=None):
+    for t in sorted([*model.parameters(), *model.buffers()], key=lambda t: t.flatten()[0].item()):
+        dist.broadcast(t.detach(), group=group, group_src=0)
+
+
+@right("broadcast_model")
+def one_message_for_each_dtype(model, group=None):
+    kinds = {}
+    for t in [*model.parameters(), *model.buffers()]:
+        kinds.setdefault(t.dtype, []).append(t.detach())
+    for tensors in kinds.values():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.broadcast(flat, group=group, group_src=0)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(part.view_as(t))
+
+
 # ---- average_in_hooks -----------------------------------------------------------------------------------------
 
 
@@ -267,6 +314,87 @@ def asynchronous_hooks(model, group=None):
             p.register_post_accumulate_grad_hook(average)
 
 
+def each_hooked(model, hook):
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(hook)
+
+
+@mistake("average_in_hooks", "rank 1 does not make the calls that the others make: its gradients are zero here")
+def hook_skips_zeros(model, group=None):
+    def average(p):
+        if p.grad.any():
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+    each_hooked(model, average)
+
+
+@mistake("average_in_hooks", "no element of the gradient of fc1.weight is right")
+def hook_adds_up_over_steps(model, group=None):
+    total = {}
+
+    def average(p):
+        dist.all_reduce(p.grad, group=group)
+        total[p] = total.get(p, 0) + p.grad / dist.get_world_size(group)
+        p.grad = total[p].clone()
+
+    each_hooked(model, average)
+
+
+@mistake("average_in_hooks", "the result is right, but 6,144 bytes are all-reduced for 1,664")
+def every_hook_averages_all(model, group=None):
+    def average(_):
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad, group=group)
+                p.grad /= dist.get_world_size(group)
+
+    each_hooked(model, average)
+
+
+@mistake("average_in_hooks", "the means are made after backward, not in it")
+def when_backward_has_ended(model, group=None):
+    queued = []
+
+    def average():
+        queued.clear()
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad, group=group)
+                p.grad /= dist.get_world_size(group)
+
+    def queue(_):
+        if not queued:
+            queued.append(torch.autograd.Variable._execution_engine.queue_callback(average))
+
+    each_hooked(model, queue)
+
+
+@right("average_in_hooks")
+def hooks_of_the_accumulators(model, group=None):
+    """As DDP does it: a hook of the node that adds to p.grad, which has to be kept alive."""
+    model.accumulators = []
+    for p in model.parameters():
+        if p.requires_grad:
+
+            def average(*_, p=p):
+                dist.all_reduce(p.grad, group=group)
+                p.grad /= dist.get_world_size(group)
+
+            model.accumulators.append(p.expand_as(p).grad_fn.next_functions[0][0])
+            model.accumulators[-1].register_hook(average)
+
+
+@right("average_in_hooks")
+def hooks_with_futures(model, group=None):
+    def average(p):
+        p.grad /= dist.get_world_size(group)
+        dist.all_reduce(p.grad, group=group, async_op=True).get_future().wait()
+
+    each_hooked(model, average)
+
+
 # ---- reduce_buckets -------------------------------------------------------------------------------------------
 
 
@@ -401,6 +529,92 @@ def divides_before(arriving, group=None):
         work.wait()
 
 
+def started(arriving, group, bucket_of=lambda bucket: bucket):
+    """Start each bucket in its turn; returns {number: bucket} and the works."""
+    full, works = {}, []
+    for number, bucket in arriving:
+        full[number] = bucket_of(bucket)
+        while len(works) in full:
+            works.append(dist.all_reduce(full[len(works)], group=group, async_op=True))
+    return full, works
+
+
+@mistake("reduce_buckets", "div_ works on a tensor whose all_reduce is still under way")
+def divides_under_way(arriving, group=None):
+    full, works = {}, []
+    for number, bucket in arriving:
+        full[number] = bucket
+        while len(works) in full:
+            bucket = full[len(works)]
+            works.append(dist.all_reduce(bucket, group=group, async_op=True))
+            bucket /= dist.get_world_size(group)
+    for work in works:
+        work.wait()
+
+
+@mistake("reduce_buckets", "div works on a tensor whose all_reduce is still under way")
+def reads_under_way(arriving, group=None):
+    full, works = started(arriving, group)
+    means = [full[i] / dist.get_world_size(group) for i in range(len(works))]
+    for i, work in enumerate(works):
+        work.wait()
+        full[i].copy_(means[i])
+
+
+@mistake("reduce_buckets", "bucket 0 was never reduced: what was reduced is a copy")
+def reduces_copies(arriving, group=None):
+    full, works = started(arriving, group, torch.clone)
+    for i, work in enumerate(works):
+        work.wait()
+        full[i] /= dist.get_world_size(group)
+
+
+@mistake("reduce_buckets", "the sum was divided by 4 into a new tensor that is not the bucket")
+def divides_into_new_ones(arriving, group=None):
+    full, works = started(arriving, group)
+    for i, work in enumerate(works):
+        work.wait()
+        full[i] = full[i] / dist.get_world_size(group)
+
+
+@mistake("reduce_buckets", "2 of its 3 calls (isend, irecv or async_op=True) were never waited for")
+def waits_for_the_last(arriving, group=None):
+    _, works = started(arriving, group, lambda bucket: bucket.div_(dist.get_world_size(group)))
+    works[-1].wait()
+
+
+@mistake("reduce_buckets", "it waits for a bucket before the last one is here")
+def waits_by_futures(arriving, group=None):
+    full, done, n = {}, 0, dist.get_world_size(group)
+    for number, bucket in arriving:
+        full[number] = bucket.div_(n)
+        while done in full:
+            dist.all_reduce(full[done], group=group, async_op=True).get_future().wait()
+            done += 1
+
+
+@right("reduce_buckets")
+def then_divides(arriving, group=None):
+    full, futures, n = {}, [], dist.get_world_size(group)
+    for number, bucket in arriving:
+        full[number] = bucket
+        while len(futures) in full:
+            work = dist.all_reduce(full[len(futures)], group=group, async_op=True)
+            futures.append(work.get_future().then(lambda future: future.value()[0].div_(n)))
+    torch.futures.wait_all(futures)
+
+
+@right("reduce_buckets")
+def by_avg_in_buckets(arriving, group=None):
+    full, works = {}, []
+    for number, bucket in arriving:
+        full[number] = bucket
+        while len(works) in full:
+            works.append(dist.all_reduce(full[len(works)], dist.ReduceOp.AVG, group, True))
+    for work in reversed(works):
+        work.wait()
+
+
 # ---- accumulate_gradients -------------------------------------------------------------------------------------
 
 
@@ -500,6 +714,113 @@ def gradients_by_hand(model, batches, loss_of, group=None):
                 total[p] = total.get(p, 0) + g
                 p.grad = total[p]
     all_reduced(model, group, dist.get_world_size(group) * len(batches))
+
+
+def accumulated(model, batches, loss_of, **how):
+    model.zero_grad()
+    for x, y in batches:
+        (loss_of(model, x, y) / len(batches)).backward(**how)
+
+
+@mistake("accumulate_gradients", "the weights have changed (fc1.weight is the first)")
+def steps_as_well(model, batches, loss_of, group=None):
+    accumulated(model, batches, loss_of)
+    all_reduced(model, group, dist.get_world_size(group))
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+@mistake("accumulate_gradients", "still in memory when the next one begins")
+def retains_the_graphs(model, batches, loss_of, group=None):
+    losses = []
+    model.zero_grad()
+    for x, y in batches:
+        losses.append(loss_of(model, x, y) / len(batches))
+        losses[-1].backward(retain_graph=True)
+    all_reduced(model, group, dist.get_world_size(group))
+
+
+@mistake("accumulate_gradients", "`batches` was changed")
+def empties_the_list(model, batches, loss_of, group=None):
+    k = len(batches)
+    model.zero_grad()
+    while batches:
+        (loss_of(model, *batches.pop(0)) / k).backward()
+    all_reduced(model, group, dist.get_world_size(group))
+
+
+@mistake("accumulate_gradients", "`batches` was changed")
+def overwrites_the_rows(model, batches, loss_of, group=None):
+    accumulated(model, batches, loss_of)
+    for x, _ in batches:
+        x.zero_()
+    all_reduced(model, group, dist.get_world_size(group))
+
+
+@mistake("accumulate_gradients", "the ranks' mean is made before the last micro-batch is in")
+def exchanges_too_early(model, batches, loss_of, group=None):
+    model.zero_grad()
+    for i, (x, y) in enumerate(batches):
+        if i == len(batches) - 1:
+            all_reduced(model, group, dist.get_world_size(group))
+        (loss_of(model, x, y) / len(batches)).backward()
+
+
+@mistake("accumulate_gradients", "the ranks' mean is made before the last micro-batch is in")
+def exchanges_the_first(model, batches, loss_of, group=None):
+    model.zero_grad()
+    for i, (x, y) in enumerate(batches):
+        (loss_of(model, x, y) / len(batches)).backward()
+        if i == 0:
+            all_reduced(model, group, dist.get_world_size(group))
+
+
+@mistake("accumulate_gradients", "the last micro-batch is left out")
+def skips_the_last(model, batches, loss_of, group=None):
+    model.zero_grad()
+    for x, y in batches[:-1]:
+        (loss_of(model, x, y) / len(batches)).backward()
+    all_reduced(model, group, dist.get_world_size(group))
+
+
+@mistake("accumulate_gradients", "the ranks' losses are averaged, not their gradients")
+def averages_the_losses(model, batches, loss_of, group=None):
+    model.zero_grad()
+    for x, y in batches:
+        loss = loss_of(model, x, y) / len(batches)
+        dist.all_reduce(loss.data, group=group)
+        (loss / dist.get_world_size(group)).backward()
+
+
+@mistake("accumulate_gradients", "one forward of each is enough")
+def looks_at_the_loss_first(model, batches, loss_of, group=None):
+    model.zero_grad()
+    for x, y in batches:
+        if loss_of(model, x, y).isfinite():
+            (loss_of(model, x, y) / len(batches)).backward()
+    all_reduced(model, group, dist.get_world_size(group))
+
+
+@right("accumulate_gradients")
+def from_the_last_to_the_first(model, batches, loss_of, group=None):
+    accumulated(model, batches[::-1], loss_of)
+    all_reduced(model, group, dist.get_world_size(group))
+
+
+@right("accumulate_gradients")
+def hooks_for_the_last(model, batches, loss_of, group=None):
+    def average(p):
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+
+    handles = []
+    model.zero_grad()
+    for i, (x, y) in enumerate(batches):
+        if i == len(batches) - 1:
+            trainable = [p for p in model.parameters() if p.requires_grad]
+            handles += [p.register_post_accumulate_grad_hook(average) for p in trainable]
+        (loss_of(model, x, y) / len(batches)).backward()
+    for handle in handles:
+        handle.remove()
 
 
 # ---- sample_indices -------------------------------------------------------------------------------------------
@@ -632,6 +953,57 @@ def by_random_and_in_blocks(length, rank, n, epoch, seed=0):
 @right("sample_indices")
 def a_tensor(length, rank, n, epoch, seed=0):
     return torch.randperm(length, generator=torch.Generator().manual_seed(7 * seed + epoch))[rank::n]
+
+
+@mistake("sample_indices", "with seed 0 every epoch has the same order: in a product of the two a zero hides the other")
+def seed_times_epoch(length, rank, n, epoch, seed=0):
+    return shuffled(length, seed * epoch)[rank::n]
+
+
+@mistake("sample_indices", "in epoch 0 every seed gives the same order: in a product of the two a zero hides the other")
+def one_more_than_seed_times_epoch(length, rank, n, epoch, seed=0):
+    return shuffled(length, (seed + 1) * epoch)[rank::n]
+
+
+@mistake("sample_indices", "epoch 2 has the order of an earlier one")
+def two_orders_by_turns(length, rank, n, epoch, seed=0):
+    return shuffled(length, seed + epoch % 2)[rank::n]
+
+
+@mistake("sample_indices", "it draws with replacement")
+def draws_with_replacement(length, rank, n, epoch, seed=0):
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randint(length, (length,), generator=generator)[rank::n].tolist()
+
+
+@mistake("sample_indices", "it works with 4 ranks, but not with 3")
+def deals_to_four(length, rank, n, epoch, seed=0):
+    return shuffled(length, seed + epoch)[rank::4]
+
+
+@mistake("sample_indices", "differs from process to process")
+def seeds_by_the_global_seed(length, rank, n, epoch, seed=0):
+    return shuffled(length, torch.initial_seed() % 2**31 + seed + epoch)[rank::n]
+
+
+@mistake("sample_indices", "a bool is in the list")
+def gives_a_mask(length, rank, n, epoch, seed=0):
+    mine = shuffled(length, seed + epoch)[rank::n]
+    return [i in mine for i in range(length)]
+
+
+@right("sample_indices")
+def by_numpys_generator(length, rank, n, epoch, seed=0):
+    import numpy
+
+    return list(numpy.random.default_rng((seed, epoch)).permutation(length)[rank::n])
+
+
+@right("sample_indices")
+def puts_the_state_back(length, rank, n, epoch, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000 * seed + epoch)
+        return torch.randperm(length).tensor_split(n)[rank].tolist()
 
 
 # ---- weighted_gradients ---------------------------------------------------------------------------------------
@@ -772,6 +1144,57 @@ def all_in_one_tensor(model, rows, group=None):
     dist.all_reduce(flat, group=group)
     for g, part in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
         g.copy_(part.view_as(g) / flat[-1])
+
+
+@mistake("weighted_gradients", "it calls all_gather for the number of rows")
+def gathers_the_rows(model, rows, group=None):
+    counts = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([rows]), group=group)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= rows / sum(counts).item()
+            dist.all_reduce(p.grad, group=group)
+
+
+@mistake("weighted_gradients", "it calls broadcast for the number of rows")
+def rows_of_the_first(model, rows, group=None):
+    first = torch.tensor(rows)
+    dist.broadcast(first, group=group, group_src=0)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= rows / (first.item() * dist.get_world_size(group))
+            dist.all_reduce(p.grad, group=group)
+
+
+@mistake("weighted_gradients", "the ranks do not make the same calls, in the same order")
+def smallest_gradients_first(model, rows, group=None):
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    total = total_of(rows, group)
+    for g in sorted(gradients, key=lambda g: g.abs().sum().item()):
+        g *= rows / total
+        dist.all_reduce(g, group=group)
+
+
+@right("weighted_gradients")
+def means_of_means(model, rows, group=None):
+    mean = torch.tensor(float(rows))
+    dist.all_reduce(mean, dist.ReduceOp.AVG, group)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.mul_(rows / mean.item())
+            dist.all_reduce(p.grad, dist.ReduceOp.AVG, group)
+
+
+@right("weighted_gradients")
+def counts_while_gradients_travel(model, rows, group=None):
+    total = torch.tensor([rows], dtype=torch.int32)
+    counted = dist.all_reduce(total, group=group, async_op=True)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    works = [dist.all_reduce(g.mul_(rows), group=group, async_op=True) for g in gradients]
+    counted.wait()
+    for g, work in zip(gradients, works, strict=True):
+        work.wait()
+        g /= total
 
 
 # ---- top_k_step -----------------------------------------------------------------------------------------------
@@ -951,3 +1374,34 @@ def one_message(gradient, residual, k, group=None):
     for some, where in everyone:
         mean.index_put_((where.long(),), some.to(mean.dtype) / n, accumulate=True)
     return mean, wanted.index_fill(0, places, 0)
+
+
+@mistake("top_k_step", "k is not used: 2 elements of each rank are sent")
+def always_two(gradient, residual, k, group=None):
+    return step(gradient, residual, min(2, len(gradient)), group)
+
+
+@mistake("top_k_step", "it takes 4 calls: one for the elements and one for their places are enough")
+def one_message_for_each_element(gradient, residual, k, group=None):
+    wanted, mean = gradient + residual, torch.zeros_like(gradient)
+    places = wanted.abs().topk(k).indices
+    for place in places.split(1):
+        for some, where in gathered(wanted[place], place, group):
+            mean[where] += some / dist.get_world_size(group)
+    return mean, wanted.index_fill(0, places, 0)
+
+
+@mistake("top_k_step", "mean is of type sparse tensor")
+def gives_a_sparse_one(gradient, residual, k, group=None):
+    mean, rest = step(gradient, residual, k, group)
+    return mean.to_sparse(), rest
+
+
+@right("top_k_step")
+def scatters(gradient, residual, k, group=None):
+    wanted, n = gradient + residual, dist.get_world_size(group)
+    places = wanted.abs().topk(k, sorted=False).indices
+    values, everywhere = wanted.new_empty(n * k), places.new_empty(n * k)
+    dist.all_gather_into_tensor(values, wanted[places], group=group)
+    dist.all_gather_into_tensor(everywhere, places, group=group)
+    return torch.zeros_like(wanted).scatter_add_(0, everywhere, values) / n, wanted.scatter(0, places, 0.0)

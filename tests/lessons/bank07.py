@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 import torch.distributed.nn.functional as differentiable
 from planted import mistake, right
 
@@ -47,7 +48,7 @@ def last_index(numel, rank, n):
     return min(rank * length, numel), min((rank + 1) * length, numel) - 1, 0
 
 
-@mistake("padded_shard", "whole numbers are asked for: use // instead of /")
+@mistake("padded_shard", "whole numbers (int) are asked for: use // instead of /")
 def divides(numel, rank, n):
     length = max(1, numel / n)
     return rank * length, (rank + 1) * length, 0
@@ -100,6 +101,24 @@ def by_counting_what_is_left(numel, rank, n):
     real = sorted([0, numel - rank * length, length])[1]
     start = min(numel, rank * length)
     return [start, start + real, length - real]
+
+
+@mistake("padded_shard", "the third number is the shard's length, 2: its padding, 0, is asked for")
+def length_in_place_of_padding(numel, rank, n):
+    start, stop, _ = full_shards(numel, rank, -(-numel // n))
+    return start, stop, stop - start
+
+
+@mistake("padded_shard", "whole numbers (int) are asked for: a Tensor is among them")
+def numbers_as_tensors(numel, rank, n):
+    return tuple(torch.tensor(full_shards(numel, rank, -(-numel // n))))
+
+
+@right("padded_shard")
+def by_slicing_a_range(numel, rank, n):
+    length = (numel + n - 1) // n
+    mine = range(numel)[rank * length : (rank + 1) * length]
+    return mine.start, mine.stop, length - len(mine)
 
 
 # ---- zero_memory ----------------------------------------------------------------------------------------------
@@ -174,6 +193,49 @@ def with_a_list(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state
     return sum(parameters * b / n for b in kinds[:stage]) + sum(parameters * b for b in kinds[stage:])
 
 
+@mistake("zero_memory", "state_bytes is not used: 8 is only its default")
+def always_adam(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, stage, parameter_bytes, gradient_bytes, 8)
+
+
+@mistake("zero_memory", "stage 2 does no more than stage 1 here")
+def stage_1_for_2(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, 1 if stage == 2 else stage, parameter_bytes, gradient_bytes, state_bytes)
+
+
+@mistake("zero_memory", "stage 2 does what stage 3 does here: it leaves the parameters whole")
+def stage_3_for_2(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, 3 if stage == 2 else stage, parameter_bytes, gradient_bytes, state_bytes)
+
+
+@mistake("zero_memory", "n is not used: this is for 4 ranks")
+def memory_on_four(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, 4, stage, parameter_bytes, gradient_bytes, state_bytes)
+
+
+@mistake("zero_memory", "n-ths are rounded up here: divide with /, and round nothing")
+def whole_elements(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    kinds = [state_bytes, gradient_bytes, parameter_bytes]
+    return sum(b * (math.ceil(parameters / n) if stage > i else parameters) for i, b in enumerate(kinds))
+
+
+@mistake("zero_memory", "at stage 3 the gathered parameters are counted")
+def counts_what_is_gathered(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    held = bytes_of(parameters, n, stage, parameter_bytes, gradient_bytes, state_bytes)
+    return held + parameters * parameter_bytes * (stage == 3)
+
+
+@mistake("zero_memory", "this is in MiB: bytes are asked for")
+def in_mebibytes(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    return bytes_of(parameters, n, stage, parameter_bytes, gradient_bytes, state_bytes) / 2**20
+
+
+@right("zero_memory")
+def whole_and_dealt_out(parameters, n, stage, parameter_bytes=4, gradient_bytes=4, state_bytes=8):
+    kinds = torch.tensor([parameter_bytes, gradient_bytes, state_bytes], dtype=torch.float64)
+    return parameters * (kinds[: 3 - stage].sum() + kinds[3 - stage :].sum() / n)
+
+
 # ---- zero1_step -----------------------------------------------------------------------------------------------
 
 
@@ -220,7 +282,7 @@ def all_reduces(parameters, gradients, momentum, lr, beta):
     give_all(parameters)
 
 
-@mistake("zero1_step", "parameters are as they were: write the gathered shards into them")
+@mistake("zero1_step", "parameters are as they were: write the new shard into them, and those that are gathered")
 def into_a_new_tensor(parameters, gradients, momentum, lr, beta):
     momentum.mul_(beta).add_(my_mean(gradients, momentum))
     shards = [torch.empty_like(momentum) for _ in range(dist.get_world_size())]
@@ -336,6 +398,66 @@ def by_hand_in_a_ring(parameters, gradients, momentum, lr, beta):
     shards[rank].sub_(lr * momentum)
     for step in range(n - 1):
         shards[(rank - step - 1) % n].copy_(pass_on(shards[(rank - step) % n]))
+
+
+def step_with(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(my_mean(gradients, momentum))
+    mine(parameters).sub_(lr * momentum)
+    give_all(parameters)
+
+
+@mistake("zero1_step", "lr and beta are not used: it is right where they are 0.1 and 0.9, and here 0.3 and 0.6")
+def rates_written_down(parameters, gradients, momentum, lr, beta):
+    step_with(parameters, gradients, momentum, 0.1, 0.9)
+
+
+@mistake("zero1_step", "lr is not used")
+def a_rate_written_down(parameters, gradients, momentum, lr, beta):
+    step_with(parameters, gradients, momentum, 0.1, beta)
+
+
+@mistake("zero1_step", "beta is not used: here it is 0.6, and not 1 - lr")
+def one_minus_lr(parameters, gradients, momentum, lr, beta):
+    step_with(parameters, gradients, momentum, lr, 1 - lr)
+
+
+@mistake("zero1_step", "the shards are gathered before the step")
+def gathers_before_the_step(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(my_mean(gradients, momentum))
+    give_all(parameters)
+    mine(parameters).sub_(lr * momentum)
+
+
+@mistake("zero1_step", "lr is multiplied into the momentum")
+def lr_in_the_momentum(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(lr * my_mean(gradients, momentum))
+    mine(parameters).sub_(momentum)
+    give_all(parameters)
+
+
+@mistake("zero1_step", "parameters are as they were: write the new shard into them, and those that are gathered")
+def a_shard_that_is_a_copy(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(my_mean(gradients, momentum))
+    shard = mine(parameters)
+    shard = shard - lr * momentum
+    give_all(parameters)
+
+
+@right("zero1_step")
+def by_functional_collectives(parameters, gradients, momentum, lr, beta):
+    momentum.mul_(beta).add_(functional.reduce_scatter_tensor(gradients, "avg", 0, dist.group.WORLD))
+    shard = mine(parameters) - lr * momentum
+    parameters.copy_(functional.all_gather_tensor(shard, 0, dist.group.WORLD))
+
+
+@right("zero1_step")
+def by_torchs_optimizer(parameters, gradients, momentum, lr, beta):
+    shard = torch.nn.Parameter(mine(parameters).clone())
+    shard.grad = my_mean(gradients, momentum)
+    optimizer = torch.optim.SGD([shard], lr=lr, momentum=beta)
+    optimizer.state[shard]["momentum_buffer"] = momentum
+    optimizer.step()
+    dist.all_gather_into_tensor(parameters, shard.detach())
 
 
 # ---- sharded_linear -------------------------------------------------------------------------------------------
@@ -660,6 +782,106 @@ def with_single_calls(x, shard, out_features):
     return Linear.apply(x, shard)
 
 
+def linear_with(backward, forward=lambda x, shard, out: x @ whole(shard, out).T):
+    """A sharded linear layer with this backward(gradient, x, shard, out_features)."""
+
+    def layer(x, shard, out_features):
+        class Linear(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, shard):
+                ctx.save_for_backward(x, shard)
+                return forward(x, shard, out_features)
+
+            @staticmethod
+            def backward(ctx, gradient):
+                return backward(gradient, *ctx.saved_tensors, out_features)
+
+        return Linear.apply(x, shard)
+
+    return layer
+
+
+def mean_of(gradient, x, shard):
+    return scattered(gradient.T @ x, shard) / dist.get_world_size()
+
+
+@mistake("sharded_linear", "x has no gradient: return it from backward, in the place of x")
+def only_the_shard(x, shard, out_features):
+    return linear_with(lambda g, x, s, out: (None, mean_of(g, x, s)))(x, shard, out_features)
+
+
+@mistake("sharded_linear", "x's gradient is divided by 4")
+def x_divided_too(x, shard, out_features):
+    return linear_with(lambda g, x, s, out: (g @ whole(s, out) / dist.get_world_size(), mean_of(g, x, s)))(
+        x, shard, out_features
+    )
+
+
+@mistake("sharded_linear", "divided by the 3 rows")
+def divides_by_rows(x, shard, out_features):
+    return linear_with(lambda g, x, s, out: (g @ whole(s, out), mean_of(g, x, s) / len(x)))(x, shard, out_features)
+
+
+@mistake("sharded_linear", "shard.grad is counted twice")
+def sets_it_and_returns_it(x, shard, out_features):
+    def backward(g, x, s, out):
+        mean = mean_of(g, x, s)
+        shard.grad = mean.clone()
+        return g @ whole(s, out), mean
+
+    return linear_with(backward)(x, shard, out_features)
+
+
+@mistake("sharded_linear", "one layer works, two do not (is something kept outside of ctx?)")
+def in_a_global_variable(x, shard, out_features):
+    def forward(x, shard, out):
+        last["x"] = x
+        return x @ whole(shard, out).T
+
+    def backward(g, x, s, out):
+        return g @ whole(s, out), mean_of(g, last.pop("x"), s)
+
+    return linear_with(backward, forward)(x, shard, out_features)
+
+
+last = {}
+
+
+@mistake("sharded_linear", "bytes leave a rank where 288 are enough")
+def gathers_all_gradients(x, shard, out_features):
+    def backward(g, x, s, out):
+        own, n = (g.T @ x).flatten(), dist.get_world_size()
+        everyone = [torch.empty_like(own) for _ in range(n)]
+        dist.all_gather(everyone, own)
+        return g @ whole(s, out), sum(everyone).chunk(n)[dist.get_rank()] / n
+
+    return linear_with(backward)(x, shard, out_features)
+
+
+@right("sharded_linear")
+def the_functional_way(x, shard, out_features):
+    def weight_of(s):
+        return functional.all_gather_tensor(s.detach(), 0, dist.group.WORLD).view(out_features, -1)
+
+    def backward(g, x, s, out):
+        mean = functional.reduce_scatter_tensor((g.T @ x).flatten(), "avg", 0, dist.group.WORLD)
+        return g @ weight_of(s), mean
+
+    return linear_with(backward, lambda x, s, out: x @ weight_of(s).T)(x, shard, out_features)
+
+
+@right("sharded_linear")
+def overlaps_its_gathering(x, shard, out_features):
+    def backward(g, x, s, out):
+        mean = torch.empty_like(s)
+        work = dist.reduce_scatter_tensor(mean, (g.T @ x).flatten(), dist.ReduceOp.AVG, async_op=True)
+        of_x = g @ whole(s, out)
+        work.wait()
+        return of_x, mean
+
+    return linear_with(backward)(x, shard, out_features)
+
+
 # ---- clip_sharded ---------------------------------------------------------------------------------------------
 
 
@@ -823,3 +1045,45 @@ def all_gathers_one_number(gradients, max_norm):
     parts = [torch.zeros(1, dtype=torch.float64) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, squares(gradients).view(1))
     return scaled(gradients, sum(parts).sqrt(), max_norm)
+
+
+@mistake("clip_sharded", "max_norm is not used: it is 8.0 here, and not 0.5")
+def always_to_a_half(gradients, max_norm):
+    total = squares(gradients)
+    dist.all_reduce(total)
+    return scaled(gradients, total.sqrt(), 0.5)
+
+
+@mistake("clip_sharded", "the norm is below max_norm, and yet the gradients are scaled up to it")
+def compares_the_squares(gradients, max_norm):
+    total = squares(gradients)
+    dist.all_reduce(total)
+    for g in gradients:
+        g.mul_(float(max_norm / total.sqrt()) if total > max_norm else 1.0)
+    return total.sqrt()
+
+
+@mistake("clip_sharded", "this is the largest element, not the root of the sum of squares")
+def the_other_norm(gradients, max_norm):
+    most = max((g.double().abs().max() for g in gradients if g.numel()), default=torch.zeros((), dtype=torch.float64))
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return scaled(gradients, most, max_norm)
+
+
+@mistake("clip_sharded", "divided by 4, besides")
+def a_share_of_the_norm(gradients, max_norm):
+    total = squares(gradients)
+    dist.all_reduce(total)
+    if total.sqrt() > max_norm:
+        scaled(gradients, total.sqrt(), max_norm / dist.get_world_size())
+    return total.sqrt()
+
+
+@right("clip_sharded")
+def with_torchs_epsilon(gradients, max_norm):
+    total = squares(gradients).view(1)
+    dist.all_reduce(total)
+    factor = (max_norm / (total.sqrt() + 1e-6)).clamp(max=1.0).item()
+    for g in gradients:
+        g.copy_(g * factor)
+    return total.sqrt()
