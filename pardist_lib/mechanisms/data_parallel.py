@@ -75,9 +75,9 @@ class DataParallel(nn.Module):
     Frozen parameters are left alone, tied ones count once; freeze before wrapping (what is frozen later is left alone,
     but travels as zeros). The mean over ranks is that of the whole batch where all ranks have as many rows; for others
     see `weight` and `join`. After backward all ranks hold the same gradients, so torch's clip_grad_norm_ clips by the
-    global norm without sending anything. Gradients taken with torch.autograd.grad are not averaged. A backward has to
-    reach at least one parameter on every rank; after one that raised, on all ranks, zero_grad() to None and go on.
-    A deep copy averages its own gradients.
+    global norm without sending anything. Gradients taken with torch.autograd.grad are not averaged, and hooks of
+    parameters see this rank's own. A backward has to reach at least one parameter on every rank; after one that raised,
+    on all ranks, zero_grad() to None and go on. A deep copy averages its own gradients.
 
     Raises ValueError: ranks' models of different shapes, nothing to train, a bucket of size 0, a module that is
     wrapped already, Embedding(max_norm=…); in a forward to be trained, for a batch (the first tensor) without rows.
@@ -129,12 +129,13 @@ class DataParallel(nn.Module):
                 f"rank {dist.get_rank(self.group)} has no rows: this batch is smaller than the {self.n} ranks. "
                 "`for batch, weight in model.join(batches)` gives a rank without rows the weight 0"
             )
-        for name, p in self.module.named_parameters():
-            if p.requires_grad and p.is_leaf and p not in self.names:
-                raise RuntimeError(
-                    f"{name} is to be trained, but was not when the module was wrapped: it would be trained on each "
-                    "rank for itself. Wrap after this change: DataParallel(model.unwrap())"
-                )
+        parameters = (p for m in self.module.modules() for p in m._parameters.values() if p is not None)
+        if any(p not in self.names and p.requires_grad and p.is_leaf for p in parameters):
+            late = [name for name, p in self.module.named_parameters() if p.requires_grad and p not in self.names]
+            raise RuntimeError(
+                f"{late[0]} is to be trained, but was not when the module was wrapped: each rank would train its own. "
+                "Wrap after this change: DataParallel(model.unwrap())"
+            )
 
     @contextmanager
     def no_sync(self):
@@ -154,7 +155,8 @@ class DataParallel(nn.Module):
         That is n·rows / (rows of all ranks); 1 where all have as many. Called on every rank; sends 8 bytes. Where rows
         have weights (cross_entropy's `weight`), `rows` is the sum of theirs.
         """
-        rows = float(rows)
+        if not (rows := float(rows)) >= 0:
+            raise ValueError(f"rows is how many rows this rank has, 0 or more, not {rows:g}")
         total = self._sum(rows)
         return self.n * rows / total if total else 0.0
 

@@ -63,7 +63,7 @@ def average_by_rows(parameters, rows, group=None, *, summed=False, total=None):
     have rows; on others it counts as zeros. Hands S bytes to all_reduce, in one call for each dtype and device, and 1
     byte a parameter to know who has which.
 
-    Raises ValueError for rows < 0, and on every rank where none has any.
+    Raises ValueError for rows < 0, for sparse gradients, and on every rank where none has any.
     """
     place(group)
     parameters = [p for p in parameters if p.requires_grad]
@@ -71,6 +71,8 @@ def average_by_rows(parameters, rows, group=None, *, summed=False, total=None):
         raise ValueError(f"rows is how many rows this rank has worked on, 0 or more, not {rows}")
     if not parameters:
         raise ValueError("there is no parameter that requires a gradient")
+    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        raise ValueError("a gradient is sparse, and has no place beside the others: use sparse=False")
     device = parameters[0].device
     used = torch.tensor([p.grad is not None and rows > 0 for p in parameters], dtype=torch.uint8, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
@@ -107,7 +109,7 @@ class Balancer:
             balancer.finish(model.parameters())                # Σ n_r/N · g_r; the next shares
             optimizer.step()
 
-    batch     rows of all ranks together
+    batch     rows of all ranks together, in every step: leave a smaller last batch out (drop_last=True)
     least     rows that each rank keeps at least, so that its speed goes on being measured
     memory    how much of a rank's old seconds per row stays in the new estimate, 0 (none) to below 1. More is calmer,
               and later to notice a change.

@@ -750,6 +750,10 @@ def reentrant_and_unused():
     reentrant(find_unused_parameters=True)
 
 
+def negative_rows():
+    DataParallel(Net()).weight(-1)
+
+
 def differentiable_mean():
     model = DataParallel(Net())
     model(batch(0)[0]).square().sum().backward(create_graph=True)
@@ -804,6 +808,7 @@ BAD = [
     (added_later, "1.weight is to be trained, but was not when .* DataParallel"),
     (reentrant, "checkpoint.*use_reentrant=False"),
     (reentrant_and_unused, "checkpoint.*use_reentrant=False"),
+    (negative_rows, "rows is how many rows this rank has, 0 or more, not -1"),
     (differentiable_mean, r"create_graph=True.*torch\.autograd\.grad"),
     (kept_by_nobody, "the DataParallel .* is gone: keep it in a variable, or unwrap"),
     (rows_of_bounded_length, "the module has max_norm=1.0: .* max_norm=None"),

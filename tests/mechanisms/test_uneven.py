@@ -246,6 +246,14 @@ def test_bad_rows_are_named(ranks_of):
     for rows, said in ((-1, "0 or more, not -1"), (2.5, "0 or more, not 2.5"), (0, "no rank has any rows")):
         with refused(said):
             ranks_of(4).run(lambda rows=rows: average_by_rows(Net().parameters(), rows), quiet=True)
+    with refused("a gradient is sparse.*sparse=False"):
+
+        def sparse():
+            table = nn.Embedding(4, 2, sparse=True)
+            table(torch.tensor([1])).sum().backward()
+            average_by_rows(table.parameters(), 1)
+
+        ranks_of(4).run(sparse, quiet=True)
     with refused("no parameter that requires a gradient"):
         ranks_of(4).run(lambda: average_by_rows([], 1), quiet=True)
 
