@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from .collectives import split_sizes
-from .courier import all_gather_line
 from .point_to_point import place
 
 
@@ -64,7 +63,7 @@ class FlatShards:
                 raise ValueError(f"{name} was frozen or unfrozen after wrapping: set requires_grad before")
             if piece._backward_hooks or piece._post_accumulate_grad_hooks:
                 raise ValueError(
-                    f"{name} has a gradient hook, which a shard never calls: register it before wrapping, where it gets "
+                    f"{name} has a gradient hook, and a shard calls none: register it before wrapping, where it sees "
                     "this rank's own gradient, or change .grad between backward and step"
                 )
             if piece.numel() and piece.data_ptr() != self.shard[span].data_ptr():
@@ -143,6 +142,7 @@ def check_parameters(parameters, names, group=None):
             raise ValueError(
                 f"{name} is on the meta device: give it memory first, with to_empty and its initial values"
             )
+    place(group)
     told = [f"{name}, {str(p.dtype)[6:]} {list(p.shape)}" + ", frozen" * (not p.requires_grad)
             for p, name in zip(parameters, names, strict=True)]  # fmt: skip
     everyone = [None] * dist.get_world_size(group)
@@ -209,9 +209,6 @@ def call_when_accumulated(parameter, method, *args):
     parameter.register_post_accumulate_grad_hook(hook)
 
 
-# ---- norms and state ------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def clip_sharded_grad_norm_(pieces, max_norm, group=None, norm_type=2.0):
     """As torch.nn.utils.clip_grad_norm_, where the gradients are spread over the ranks; returns the global norm.
@@ -231,62 +228,3 @@ def clip_sharded_grad_norm_(pieces, max_norm, group=None, norm_type=2.0):
     for g in gradients:
         g.mul_((max_norm / (total + 1e-6)).clamp(max=1.0).to(g.device, g.dtype))
     return total.to(gradients[0].abs().dtype) if gradients else total
-
-
-def gather_piece(tensor, piece, group=None):
-    """The whole of what `tensor` is this rank's piece of: a parameter's values, or a momentum of them."""
-    line = tensor.new_empty(sum(piece.sizes))
-    all_gather_line(line, tensor.detach(), piece.sizes, group)
-    return line.view(piece.full_shape)
-
-
-def cut_piece(whole, piece):
-    """This rank's part of a whole tensor."""
-    return whole.detach().flatten()[piece.start : piece.start + piece.numel()]
-
-
-_SCALARS = {"step", "mu_product", "eta", "mu"}  # state that is one number a parameter, even where that is one number
-
-
-def _of_elements(name, value, piece):
-    """Whether this part of an optimizer's state has one number for each element of the parameter."""
-    return name not in _SCALARS and hasattr(piece, "full_shape") and isinstance(value, torch.Tensor)
-
-
-def full_optimizer_state(optimizer, group=None):
-    """What `state_dict` of the same optimizer would give in one process that has all parameters whole. On every rank;
-    sends each state tensor once round the ring."""
-    state = optimizer.state_dict()
-    for i, piece in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-        for name, value in state["state"].get(i, {}).items():
-            if _of_elements(name, value, piece) and value.dim():
-                state["state"][i] = {**state["state"][i], name: gather_piece(value, piece, group)}
-    return state
-
-
-def load_full_optimizer_state(optimizer, state):
-    """The other way round: a one-process optimizer's `state_dict`, each rank taking its pieces. Sends nothing."""
-    pieces = [p for g in optimizer.param_groups for p in g["params"]]
-    cut = {i: dict(values) for i, values in state["state"].items()}
-    if cut and max(cut) >= len(pieces):
-        raise ValueError(f"this state has parameter {max(cut)}, and the optimizer has {len(pieces)} parameters")
-    for i, values in cut.items():
-        shape = getattr(pieces[i], "full_shape", None)
-        for name, value in values.items():
-            if _of_elements(name, value, pieces[i]) and (value.dim() or not len(shape)):
-                if value.shape != shape:
-                    raise ValueError(
-                        f"{name} of parameter {i} has shape {list(value.shape)}, and the parameter {list(shape)}"
-                    )
-                values[name] = cut_piece(value, pieces[i]).clone()
-    optimizer.load_state_dict({**state, "state": cut})
-
-
-def check_origin(state, group=None):
-    """Raise ValueError where a sharded state dict was another rank's, or made in a world of another size."""
-    rank, n = place(group)
-    if (state.get("rank"), state.get("world_size")) != (rank, n):
-        raise ValueError(
-            f"this state dict is the shard of rank {state.get('rank')} of {state.get('world_size')}, here is rank "
-            f"{rank} of {n}: save full_state_dict() to load it into a world of another size"
-        )

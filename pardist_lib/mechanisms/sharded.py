@@ -12,10 +12,7 @@ Besides, for a moment each: at stage 2 and 3 the gradient of a layer or two, at 
 Sources: Rajbhandari et al., "ZeRO" (2020), sections 5 and 7; Zhao et al., "PyTorch FSDP" (2023).
 """
 
-import copy
-
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 
@@ -23,16 +20,13 @@ from .courier import Courier
 from .flat_shards import (
     UsedParameters,
     call_when_accumulated,
-    check_origin,
     check_parameters,
     check_trainable,
     clip_sharded_grad_norm_,
-    cut_piece,
-    full_optimizer_state,
-    load_full_optimizer_state,
     take_from_first,
 )
 from .point_to_point import place
+from .shard_state import check_origin, copied, cut_state, full_optimizer_state, load_full_optimizer_state
 from .sharded_optimizer import ShardedOptimizer
 from .sharded_units import AWAY, PIECE, WHOLE, in_backward, make_units, next_unit, tensors_in
 
@@ -61,10 +55,13 @@ class ShardedDataParallel(nn.Module):
     NOT_ELEMENTWISE in sharded_optimizer.py) would compute something else. All parameters and buffers start as the
     group's first rank has them; afterwards each rank's buffers are its own. Gradients are means over the ranks, right
     where they have equally many samples (else weight each rank's loss by n·its samples / all samples); a backward adds
-    to what is there, so gradients accumulate as ever. Outside of forward and backward the module's attributes are the
-    pieces, flat ones: sort them into groups by name or by len(p.full_shape), not by p.dim(), and clip them with
-    `clip_grad_norm_` below. Code that uses a unit's parameters without calling the unit has to name a larger unit.
-    Change pieces by hand at stage 2: call `refresh` afterwards. Stage 3 has no backward with create_graph.
+    to what is there, so gradients accumulate as ever.
+
+    Outside of forward and backward the module's attributes are the pieces, flat ones: sort them into groups by name or
+    by len(p.full_shape), not by p.dim(). Clip gradients with `clip_grad_norm_` below and scale losses with
+    mixed_precision.LossScaler: torch's own see this rank's pieces only. Code that uses a unit's parameters without
+    calling the unit has to name a larger unit. Change pieces by hand at stage 2: call `refresh` afterwards. Stage 3 has
+    no backward with create_graph.
 
     Sends in a step, where n divides: stage 2 (n − 1)/n·S in backward and as much at the beginning of the forward that
     follows; stage 3 (n − 1)/n·S in forward, twice that in backward. In the first step 4 bytes a parameter besides.
@@ -192,8 +189,8 @@ class ShardedDataParallel(nn.Module):
     def _before_backward(self, unit):
         if self.stage == 3 and torch.is_grad_enabled():
             raise RuntimeError(
-                "a backward with create_graph needs the parameters once more when nobody knows: use stage 2, or a plain "
-                "model with ShardedOptimizer"
+                "stage 3 cannot tell when a backward with create_graph needs the parameters once more: use stage 2, or "
+                "a plain model with ShardedOptimizer"
             )
         self._at_the_end()
         unit.awaited = False
@@ -282,7 +279,7 @@ class ShardedDataParallel(nn.Module):
     def sharded_state_dict(self):
         """This rank's pieces, and the buffers, by the module's own names. Sends nothing."""
         rank, n = place(self.group)
-        return {"rank": rank, "world_size": n, "state": {k: _copy(v) for k, v in self.module.state_dict().items()}}
+        return {"rank": rank, "world_size": n, "state": {k: copied(v) for k, v in self.module.state_dict().items()}}
 
     def load_sharded_state_dict(self, state_dict):
         """What `sharded_state_dict` gave on this rank, in a world of this size; else ValueError."""
@@ -303,20 +300,12 @@ class ShardedDataParallel(nn.Module):
             if self.stage == 3:
                 unit.free()
         state = self.module.state_dict(keep_vars=True)
-        return {k: whole[id(v)] if id(v) in whole else _copy(v) for k, v in state.items()}
+        return {k: whole[id(v)] if id(v) in whole else copied(v) for k, v in state.items()}
 
     @torch.no_grad()
     def load_full_state_dict(self, state_dict):
         """A plain module's state dict, each rank taking its pieces. Sends nothing. ValueError where it does not fit."""
-        ours = self.module.state_dict(keep_vars=True)
-        if ours.keys() != state_dict.keys():
-            raise ValueError(f"these names are in one state dict only: {sorted(ours.keys() ^ state_dict.keys())}")
-        for name, value in ours.items():
-            shape = getattr(value, "full_shape", value.shape) if isinstance(value, torch.Tensor) else None
-            if shape is not None and state_dict[name].shape != shape:
-                raise ValueError(f"{name} has shape {list(state_dict[name].shape)}, here it is {list(shape)}")
-        cut = {k: cut_piece(state_dict[k], v) if hasattr(v, "full_shape") else state_dict[k] for k, v in ours.items()}
-        self.module.load_state_dict(cut)
+        self.module.load_state_dict(cut_state(state_dict, self.module.state_dict(keep_vars=True)))
 
     def full_optimizer_state_dict(self, optimizer):
         """The state of an optimizer of these pieces, whole, as one process would save it. On every rank."""
@@ -325,8 +314,3 @@ class ShardedDataParallel(nn.Module):
     def load_full_optimizer_state_dict(self, optimizer, state_dict):
         """One process's optimizer state, or `full_optimizer_state_dict` of a world of any size. Sends nothing."""
         load_full_optimizer_state(optimizer, state_dict)
-
-
-def _copy(value):
-    """Of an entry of a state dict; what a module's get_extra_state gives need not be a tensor."""
-    return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)

@@ -6,7 +6,6 @@ Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 """
 
 import torch
-import torch.distributed as dist
 from torch.optim import Optimizer
 
 from .courier import Courier, prepared_gather
@@ -14,16 +13,13 @@ from .flat_shards import (
     FlatShards,
     UsedParameters,
     call_when_accumulated,
-    check_origin,
     check_parameters,
     check_trainable,
     clip_sharded_grad_norm_,
-    cut_piece,
-    full_optimizer_state,
-    load_full_optimizer_state,
     take_from_first,
 )
 from .point_to_point import place
+from .shard_state import check_origin, cut_piece, full_optimizer_state, load_full_optimizer_state
 
 # What these do to one element depends on others: on a line search, on rows and columns, on a matrix's singular
 # vectors, on a layer's norm, on which rows a gradient has.
@@ -44,12 +40,14 @@ class ShardedOptimizer(Optimizer):
                             DataParallel or an all-reduce, and `step` only gathers: (n − 1)/n·S
     find_unused_parameters  True where ranks may have gradients for different parameters (see `UsedParameters`)
     overlap                 True: a bucket leaves as soon as backward has its last gradient. Changing a gradient
-                            between backward and step, or another backward, makes it leave once more. Worth it where
-                            ranks have cores or links to spare: measured with four ranks on two cores, it costs time.
+                            between backward and step, or another backward, makes it leave once more (a change
+                            through `.grad.data` is not seen). Worth it where ranks have cores or links to spare:
+                            measured with four ranks on two cores, it costs time.
     bucket_mb               length of the lines that are moved, in MB of 2^20 bytes
 
     Gradients in `.grad` stay each rank's own, as views of a few flat tensors, too. Learning-rate schedulers take it
-    as any optimizer. Raises ValueError for an optimizer that is not elementwise, for parameters that differ between
+    as any optimizer; for float16 use mixed_precision.LossScaler, with torch's GradScaler one rank alone may skip a
+    step. Raises ValueError for an optimizer that is not elementwise, for parameters that differ between
     ranks (other than in their values), that are shards already, or of which none is trainable; RuntimeError where
     the model was moved afterwards.
     """
@@ -69,7 +67,7 @@ class ShardedOptimizer(Optimizer):
         self.find_unused_parameters, self.bucket_bytes = find_unused_parameters, bucket_mb * 2**20
         self.early = overlap and reduce_gradients and not find_unused_parameters  # else all leave in `step`
         self.courier = Courier(group, overlap)
-        self.lines, self.sharded, self.reduced, self.gather = [], set(), False, None
+        self.lines, self.sharded, self.reduced = [], set(), False
         super().__init__(params, defaults)
         check_trainable([p for g in self.param_groups for p in g["params"]])
         shards = self._shard([p for g in self.param_groups for p in g["params"]])
@@ -134,11 +132,14 @@ class ShardedOptimizer(Optimizer):
                 loss = closure()
         self.reduce()
         self._give_settings()  # what a scheduler has changed
-        self.gather = self.gather or prepared_gather([(line.line, line.sizes) for line in self.lines], self.group)
-        self.inner.step()
+        gather = prepared_gather([(line.line, line.sizes) for line in self.lines], self.group)
+        try:
+            self.inner.step()
+        except Exception:
+            gather()  # what was asked for has to come, or it would take the next message for it
+            raise
         self._forget()
-        self.gather()
-        self.gather = None  # else, where the inner step fails, the next one goes on with what was asked for
+        gather()
         return loss
 
     @torch.no_grad()

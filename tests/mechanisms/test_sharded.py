@@ -1,5 +1,6 @@
 """ShardedDataParallel (ZeRO-2 and 3): against one process and against FSDP2, to the byte, and what it holds."""
 
+import copy
 import gc
 import weakref
 
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from refusals import refused
 from sharded_cases import OPTIMIZERS, Model, close, loss_of, rows_of, storages
 from torch import nn
+from unusual_modules import CASES, Between, Scaled, filled
 
 from pardist_lib import RankError
 from pardist_lib.lessons.watch import group_of, in_world
-from pardist_lib.mechanisms.flat_shards import FlatShards, gather_piece
+from pardist_lib.mechanisms.flat_shards import FlatShards
+from pardist_lib.mechanisms.shard_state import gather_piece
 from pardist_lib.mechanisms.sharded import ShardedDataParallel, ShardedOptimizer
 
 STAGES = [2, 3]
@@ -237,6 +240,122 @@ def test_checkpointing_units_called_twice_dicts_and_failed_forwards(ranks, stage
     for got, other, alone in ranks.run(run, quiet=True):
         close(got, alone, "by default")
         close(other, alone, "each Linear")
+
+
+def train_unusual(name, n, **how):
+    make, loss_of_batch = CASES[name]
+    model = filled(make())
+    if n:
+        model = ShardedDataParallel(model, **how)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    for step in range(3):
+        x = rows_of(step, torch.float64)
+        loss_of_batch(model, x[dist.get_rank() :: n] if n else x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.full_state_dict() if n else model.state_dict()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_units_that_do_something_unusual(ranks, stage):
+    ways = [{}, {"units": (Scaled, nn.Linear)}, *([{"prefetch": False}] if stage == 3 else ())]
+
+    def run():
+        alone = {name: train_unusual(name, None) for name in CASES}
+        return alone, [(way, {name: train_unusual(name, 4, stage=stage, **way) for name in CASES}) for way in ways]
+
+    for alone, results in ranks.run(run, quiet=True):
+        for way, got in results:
+            for name in CASES:
+                close(got[name], alone[name], f"{name}, {way}")
+
+
+def two_models(stage):
+    plain = [filled(nn.Sequential(nn.Linear(6, 37), nn.Tanh(), nn.Linear(37, 3)), seed) for seed in range(2)]
+    models = [copy.deepcopy(m) if stage == 1 else ShardedDataParallel(copy.deepcopy(m), stage) for m in plain]
+    sgd = torch.optim.SGD
+    optimizers = [
+        ShardedOptimizer(m.parameters(), sgd, overlap=True, lr=0.1) if stage == 1 else sgd(m.parameters(), lr=0.1)
+        for m in models
+    ]
+    alone = sgd([p for m in plain for p in m.parameters()], lr=0.1)
+    for step in range(4):
+        x = rows_of(step, torch.float64)
+        for (a, b), rows, those in ((plain, x, [alone]), (models, x[dist.get_rank() :: 4], optimizers)):
+            (a(rows) * b(rows / 2)).mean().backward()
+            for optimizer in those:
+                optimizer.step()
+                optimizer.zero_grad()
+    return [
+        (m.state_dict() if stage == 1 else m.full_state_dict(), p.state_dict())
+        for m, p in zip(models, plain, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_models_in_one_loss(ranks, stage):
+    for results in ranks.run(two_models, stage, quiet=True):
+        for i, (got, alone) in enumerate(results):
+            close(got, alone, f"model {i}")
+
+
+def penalised(n, stage):
+    model = filled(Between(Scaled()))
+    model = ShardedDataParallel(model, stage) if n else model
+    x = rows_of(0, torch.float64)[dist.get_rank() :: n] if n else rows_of(0, torch.float64)
+    x.requires_grad_()
+    y = model(x)
+    (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (y.square().mean() + slope.square().mean()).backward()
+    return {
+        name.removeprefix("module."): gather_piece(p.grad, p) if n else p.grad for name, p in model.named_parameters()
+    }
+
+
+def test_a_gradient_penalty_is_right_at_stage_2_and_refused_at_stage_3(ranks):
+    alone = ranks.run(penalised, None, 2, on=0)[0]
+    for got in ranks.run(penalised, 4, 2, quiet=True):
+        close(got, alone, "penalty")
+    with refused("stage 3 cannot tell when a backward with create_graph"):
+        ranks.run(penalised, 4, 3, quiet=True)
+
+
+class Furnished(nn.Linear):
+    """With buffers that gloo would not take as they are, a state of its own, and a note on a parameter."""
+
+    def __init__(self):
+        super().__init__(3, 4)
+        rank = dist.get_rank()
+        self.register_buffer("spread", torch.full((4, 1), float(rank)).expand(4, 3))
+        self.register_buffer("gaps", torch.full((6,), float(rank))[::2])
+        self.scale = nn.Parameter(torch.full((4, 1), 1.0 + rank).expand(4, 3), requires_grad=False)
+        self.bias.note, self.said = "no decay", {"epoch": 1}
+
+    def get_extra_state(self):
+        return self.said
+
+    def set_extra_state(self, state):
+        self.said = state
+
+
+def furnished(stage):
+    model = Furnished()
+    if stage == 1:
+        ShardedOptimizer(model.parameters(), torch.optim.SGD)
+        return [model.scale.tolist() == torch.ones(4, 3).tolist()]
+    model = ShardedDataParallel(model, stage)
+    state, shard = model.full_state_dict(), model.sharded_state_dict()
+    found = [state[name].eq(want).all().item() for name, want in (("spread", 0), ("gaps", 0), ("scale", 1))]
+    for load, saved in ((model.load_full_state_dict, state), (model.load_sharded_state_dict, shard)):
+        model.module.said = None
+        load(saved)
+        found.append(model.module.said == {"epoch": 1})
+    return [*found, model.module.bias.note == "no decay"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_any_buffers_extra_state_and_notes_on_parameters(ranks, stage):
+    assert all(all(found) for found in ranks.run(furnished, stage, quiet=True))
 
 
 def stage_2_and_an_evaluation_between(stage):
@@ -488,6 +607,17 @@ def test_training_goes_on_from_a_full_or_a_sharded_state_dict(ranks, stage):
 # ---- what is refused ------------------------------------------------------------------------------------------
 
 
+class Reaches(nn.Module):
+    """Uses a part's weight without calling the part; one element of it would fit, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.normal = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def forward(self, x):
+        return self.linear(x) * self.normal.weight
+
+
 def wrong(how):
     linear = nn.Linear(3, 3)
     if how in (1, 0, "3"):
@@ -511,7 +641,29 @@ def wrong(how):
         return ShardedDataParallel(nn.Linear(3, 3, device="meta"))
     if how == "units":
         return ShardedDataParallel(linear, units=[nn.Linear(1, 1)])
+    if how == "never called":
+        return ShardedDataParallel(whole := nn.Sequential(nn.ModuleList([linear])), units=[whole[0]])
+    if how == "not a member":
+        group = group_of([0, 1])
+        return ShardedDataParallel(linear, 3, group)
     model = ShardedDataParallel(nn.Sequential(linear, nn.Linear(3, 3)))
+    piece = next(model.parameters())
+    if how == "reaches":
+        return ShardedDataParallel(Reaches())(torch.ones(1, 4))
+    if how == "copied":
+        copy.deepcopy(model)
+    if how == "hooked":
+        piece.register_hook(lambda gradient: 2 * gradient)
+    if how == "called back":
+        piece.register_post_accumulate_grad_hook(lambda p: None)
+    if how == "memory":
+        piece.data = piece.data.clone()
+    if how == "assigned":
+        model.load_state_dict(model.state_dict(), assign=True)
+    if how in ("hooked", "called back", "memory", "assigned"):
+        model(torch.ones(1, 3))
+    if how == "norm":
+        model.clip_grad_norm_(1.0, norm_type=0)
     if how == "moved":
         model.double()
     if how == "unfrozen":
@@ -540,6 +692,15 @@ def wrong(how):
         ("more", r"where rank 0 has bias, float32 \[3\], rank 3 has nothing more"),
         ("meta", "weight is on the meta device: give it memory first"),
         ("units", "units are submodules of the module, or their class; Linear is not in it"),
+        ("never called", "ModuleList never is: name its parts"),
+        ("not a member", r"rank [23] is not in this group"),
+        ("reaches", "used in a forward without calling the unit.*units="),
+        ("copied", "a wrapped model cannot be copied or pickled"),
+        ("hooked", "0.weight has a gradient hook, and a shard calls none"),
+        ("called back", "0.weight has a gradient hook, and a shard calls none"),
+        ("memory", "the memory of 0.weight was replaced after wrapping"),
+        ("assigned", "weight of Linear was replaced after wrapping.*load_full_state_dict"),
+        ("norm", "norm_type is a number above 0"),
         ("moved", "shards stay where they are: move or convert the model first"),
         ("unfrozen", "frozen or unfrozen after wrapping"),
         ("names", "these names are in one state dict only"),

@@ -1,5 +1,8 @@
 """ShardedOptimizer (ZeRO-1): against one process and against torch's ZeroRedundancyOptimizer, to the byte."""
 
+import copy
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -129,6 +132,55 @@ def test_gradients_are_the_callers_until_step(ranks, how):
         close(late, alone, f"{how}, without overlap")
 
 
+def skipped(n, averaged=False):
+    """A step whose gradient is not a number is skipped, and the model, not the optimizer, drops the gradients."""
+    model = Model()
+    settings = {"lr": 0.05, "momentum": 0.9}
+    if n:
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.SGD, reduce_gradients=not averaged, **settings)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), **settings)
+    for step in range(4):
+        loss = loss_of(model, step, torch.float64, n)
+        (loss * float("nan") if step == 1 else loss).backward()
+        for p in model.parameters() if averaged else ():
+            if p.grad is not None:
+                dist.all_reduce(p.grad, dist.ReduceOp.AVG)
+        norm = optimizer.clip_grad_norm_(0.1) if n else torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if norm.isfinite():
+            optimizer.step()
+        model.zero_grad()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_step_that_is_skipped_after_clipping(ranks, averaged):
+    close(ranks.run(skipped, 4, averaged, quiet=True)[2], ranks.run(skipped, None, on=0)[0], "skipped")
+
+
+def failed(n):
+    """The optimizer's own step fails once, in the third step, and the next batch comes."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    if n:
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.SGD, lr=0.05)
+    for step in range(4):
+        loss_of(model, step, torch.float64, n).backward()
+        if n and step == 2:
+            works, optimizer.inner.step = optimizer.inner.step, lambda: 1 / 0
+            with pytest.raises(ZeroDivisionError):
+                optimizer.step()
+            optimizer.inner.step = works
+        elif step != 2:
+            optimizer.step()
+        model.zero_grad()
+    return model.state_dict()
+
+
+def test_after_a_step_that_failed_the_next_one_is_right(ranks):
+    close(ranks.run(failed, 4, quiet=True)[1], ranks.run(failed, None, on=0)[0], "failed")
+
+
 # ---- what it sends and holds ----------------------------------------------------------------------------------
 
 
@@ -241,6 +293,22 @@ def test_training_goes_on_from_a_full_or_a_sharded_state_dict(ranks, kind):
                 close(fresh, one, "without any")
 
 
+def added_frozen():
+    model, frozen = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).requires_grad_(False)
+    optimizer = ShardedOptimizer(model.parameters(), torch.optim.SGD, lr=1.0)
+    optimizer.add_param_group({"params": frozen.parameters()})
+    with pytest.raises(ValueError, match="a shard already"):
+        optimizer.add_param_group({"params": [p for line in optimizer.lines for p in line.pieces]})
+    before = model.bias.detach().clone()
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return len(optimizer.param_groups), (before - model.bias).tolist()
+
+
+def test_a_frozen_group_is_added_and_a_refused_one_leaves_nothing(ranks):
+    assert ranks.run(added_frozen, quiet=True) == [(2, pytest.approx([1.0, 1.0, 1.0]))] * 4
+
+
 def added_group(n):
     model = Model()
     first = list(model.first.parameters())
@@ -326,9 +394,24 @@ def wrong(how):
         sgd_of = ShardedOptimizer(linear.parameters(), sgd)
         return ShardedOptimizer([p for line in sgd_of.lines for p in line.pieces], sgd)
     optimizers = {name: getattr(torch.optim, name) for name in ("LBFGS", "Adafactor", "SparseAdam")}
+    if how == "half made":
+        optimizers[how] = functools.partial(sgd, lr=0.1)
+    if how == "listed twice":
+        return ShardedOptimizer([linear.weight, linear.bias, linear.weight], sgd)
+    if how == "another model's":
+        other = torch.nn.Linear(3, 4)
+        adam = torch.optim.Adam(other.parameters())
+        other(torch.ones(1, 3)).sum().backward()
+        adam.step()
+        return ShardedOptimizer(linear.parameters(), torch.optim.Adam).load_full_state_dict(adam.state_dict())
+    if how == "a longer state":
+        state = {"state": {5: {"momentum_buffer": torch.ones(3)}}, "param_groups": []}
+        return ShardedOptimizer(linear.parameters(), sgd).load_full_state_dict(state)
     if how == "muon":
         optimizers["muon"] = type("Mine", (getattr(torch.optim, "Muon", torch.optim.LBFGS),), {})
     optimizer = ShardedOptimizer(linear.parameters(), optimizers.get(how, sgd), bucket_mb=0 if how == "bucket" else 25)
+    if how == "copied":
+        copy.deepcopy(optimizer)
     if how == "moved":
         linear.weight.data = linear.weight.data.clone()
     if how == "unfrozen":
@@ -361,6 +444,11 @@ def wrong(how):
         ("lazy", "parameter 0 has no shape yet: run one batch"),
         ("twice", "parameter 0 is a shard already"),
         ("bucket", "bucket_mb is a number of megabytes above 0"),
+        ("half made", "optimizer_class is a class.*give its options by name"),
+        ("listed twice", "a parameter is listed twice"),
+        ("another model's", r"exp_avg of parameter 0 has shape \[4, 3\], and the parameter \[3, 3\]"),
+        ("a longer state", "this state has parameter 5, and the optimizer has 2"),
+        ("copied", "a ShardedOptimizer cannot be copied or pickled"),
         ("moved", "memory has been replaced since ShardedOptimizer was made"),
         ("unfrozen", "a parameter was unfrozen after ShardedOptimizer was made"),
         ("sparse", "the gradient of parameter 0 is sparse.*use sparse=False"),
