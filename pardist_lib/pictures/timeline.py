@@ -186,7 +186,9 @@ def _fill(axes, boxes, styles):
 
 
 def _label(axes, boxes, styles, most=200):
-    """Names and bytes on the boxes that have room for them, widest first."""
+    """Names and bytes on the boxes that have room for them, widest first; none over another's (deeper than LEVELS,
+    boxes of one level overlap)."""
+    written = defaultdict(list)
     for x, y, w, h, event, calls, moved in sorted(boxes, key=lambda box: -box[2])[:most]:
         talk = event.kind == "communication"
         fill = styles[event.name][0] if talk else COMPUTATION[0]
@@ -195,7 +197,10 @@ def _label(axes, boxes, styles, most=200):
         if calls > 1 and not talk:
             continue
         for text in (times + event.name + much, much.strip(), times + event.name):
-            if text and text_width(text, points) + 0.08 < w:
+            half = text_width(text, points) / 2 + 0.04
+            start, end = x + w / 2 - half, x + w / 2 + half
+            if text and 2 * half < w and not any(start < b and a < end for a, b in written[y]):
+                written[y].append((start, end))
                 axes.text(
                     x + w / 2,
                     y + h / 2,

@@ -49,8 +49,8 @@ def shape(values):
 
 
 def size(count):
-    """A number of bytes, decimal units: '96 B', '1.5 kB', '16.8 MB'."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    """A number of bytes, decimal units: '96 B', '1.5 kB', '16.8 MB', '2.8 TB'."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
     return f"{count:.0f} B"

@@ -141,6 +141,9 @@ EXAMPLES = {
     "memory over time": lambda: pictures.memory_over_time(held_over_time(), marks={1: 9e6}),
     "timeline": lambda: pictures.timeline(step_events()),
     "ring timeline": lambda: pictures.timeline(ring_events()),
+    "timeline of six calls at once": lambda: pictures.timeline(
+        [event(0, "communication", "send", 0.01 * i, 1 + 0.01 * i, 590_000) for i in range(6)]
+    ),
     "process tree": lambda: pictures.process_tree(processes(8)),
     "matmul in rows": lambda: pictures.matmul(random(9, 5), random(5, 7), random(9, 7), (ROWS, -1, ROWS), title="rows"),
     "matmul summed": lambda: pictures.matmul(

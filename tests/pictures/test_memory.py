@@ -3,6 +3,7 @@
 import pytest
 
 from pardist_lib import pictures
+from pardist_lib.pictures.values import size
 
 
 def test_it_tells_every_plan_and_its_formula():
@@ -10,6 +11,10 @@ def test_it_tells_every_plan_and_its_formula():
     picture = pictures.memory(plans, {"sharded": 12}, title="two ranks")
     assert picture.alt == "two ranks: plain 24 bytes a rank; sharded 11 to 13 bytes a rank (computed 12)."
     assert picture.rows[3] == {"plan": "sharded", "rank": 1, "parameters": 4, "state": 7, "total": 11, "computed": 12.0}
+
+
+def test_thousands_of_gigabytes_are_terabytes():
+    assert [size(n) for n in (2.8e12, 2.73e9, 154e3)] == ["2.8 TB", "2.73 GB", "154 kB"]
 
 
 def test_plans_may_have_different_ranks_and_nothing_at_all():
