@@ -16,6 +16,7 @@ for averaging now and then; Stich, "Local SGD Converges Fast and Communicates Li
 """
 
 import itertools
+import math
 import zlib
 
 import torch
@@ -30,18 +31,21 @@ def average_parameters(module, weights=None, group=None, optimizer=None):
     module     on every rank the same; frozen parameters and buffers are left alone. A shared one counts once.
     weights    a number: this rank's own weight (its rows, say), which may differ from rank to rank and from call to
                call; or a list with every rank's, the same on all. None: all count alike. They need not add up to 1.
+               Of a rank that weighs 0 nothing is taken, whatever its parameters are: NaN, too.
     optimizer  its state is averaged too, with the same weights: whatever has its parameter's shape (momentum, Adam's
                two means); the step counts stay.
 
     Called once after training it is one-shot averaging. Gives to all_reduce S bytes, those of the state besides, and
     8 where each rank knows its own weight only; 16 more with an optimizer, to see that all have the same state.
-    Raises ValueError for weights that are negative, not finite, all 0 or not as many as ranks, and where the
-    optimizer's state is not of the same kind on all ranks (one that has not stepped yet has none).
+    Raises ValueError, on every rank, for weights that are negative, not finite, all 0 or not as many as ranks, for an
+    optimizer of other parameters, and where the optimizer's state is not of the same kind on all ranks (one that has
+    not stepped yet has none).
     """
     tensors = [p.detach() for p in module.parameters() if p.requires_grad]
     device = tensors[0].device if tensors else None
     share = _share(weights, group, device)
     if optimizer is not None:
+        _check_optimizer(module, optimizer)
         tensors += _state(module, optimizer, group, device)
     _average(tensors, share, group)
 
@@ -51,25 +55,23 @@ def _share(weights, group, device):
     rank, n = place(group)
     if weights is None:
         return 1 / n
+    weights = weights.tolist() if hasattr(weights, "tolist") else weights  # NumPy's and torch's numbers and arrays
     if isinstance(weights, (int, float)):
-        total = torch.tensor(_checked([weights]), dtype=torch.float64, device=device)
-        dist.all_reduce(total, group=group)
-        mine, total = float(weights), total.item()
+        mine, wrong = float(weights), not 0 <= weights < math.inf
+        total = torch.tensor([math.nan if wrong else mine], dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=group)  # NaN tells all ranks of a wrong one
+        total = total.item()
     else:
-        weights = _checked(weights)
+        weights = [float(w) for w in weights]
         if len(weights) != n:
             raise ValueError(f"{len(weights)} weights for {n} ranks: give every rank's, or this rank's own as a number")
-        mine, total = weights[rank], sum(weights)
+        mine, total = weights[rank], math.nan if min(weights) < 0 else sum(weights)
+    if not math.isfinite(total):
+        raise ValueError(f"a weight is a number of rows, or another share, 0 or more and finite, not {weights}"
+                         f"{'' if isinstance(weights, list) else ' (or what another rank gave)'}")  # fmt: skip
     if not total:
         raise ValueError("all weights are 0: somebody has to count")
     return mine / total
-
-
-def _checked(weights):
-    weights = [float(w) for w in weights]
-    if wrong := [w for w in weights if not 0 <= w < float("inf")]:
-        raise ValueError(f"a weight is a number of rows, or another share, 0 or more, not {wrong[0]}")
-    return weights
 
 
 def _state(module, optimizer, group, device):
@@ -91,6 +93,13 @@ def _state(module, optimizer, group, device):
     return found
 
 
+def _check_optimizer(module, optimizer):
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if strangers := held - {id(p) for p in module.parameters()}:
+        raise ValueError(f"{len(strangers)} of the optimizer's {len(held)} parameters are not the module's: make it of "
+                         "module.parameters()")  # fmt: skip
+
+
 @torch.no_grad()
 def _average(tensors, share, group):
     """Σ share·tensor over the ranks, in place; one all_reduce for each dtype and device."""
@@ -100,7 +109,8 @@ def _average(tensors, share, group):
 
     for _, alike in itertools.groupby(sorted(tensors, key=kind), kind):
         alike = list(alike)
-        line = torch.cat([t.flatten() for t in alike]).mul_(share)
+        line = torch.cat([t.flatten() for t in alike])
+        line = line.mul_(share) if share else line.zero_()  # 0 times NaN is NaN
         dist.all_reduce(line, group=group)
         for t, mean in zip(alike, line.split([t.numel() for t in alike]), strict=True):
             t.copy_(mean.view(t.shape))
@@ -126,6 +136,10 @@ class LocalSGD:
                         and with lr=1 it would end at the mean itself. Costs S of memory, and its state; nothing is
                         sent for it, as every rank computes the same.
 
+    Training goes on from a checkpoint where it was taken right after an average: load module and optimizer before this
+    is made, as the outer optimizer starts from what the module holds then, and after that its own state
+    (`outer.load_state_dict`).
+
     Sends in `every` steps what one average sends: S bytes to all_reduce. Raises ValueError for every < 1, and for an
     optimizer of other parameters.
     """
@@ -139,10 +153,7 @@ class LocalSGD:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("this module has no parameter that requires a gradient: there is nothing to train")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if strangers := held - {id(p) for p in module.parameters()}:
-            raise ValueError(f"{len(strangers)} of the optimizer's {len(held)} parameters are not the module's: make "
-                             "it of module.parameters()")  # fmt: skip
+        _check_optimizer(module, optimizer)
         first = dist.get_process_group_ranks(group or dist.group.WORLD)[0]
         for t in itertools.chain(module.parameters(), module.buffers()):
             dist.broadcast(t.detach(), first, group=group)

@@ -3,13 +3,17 @@
 import queue
 import threading
 from collections import deque
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from .flat_buffer import FlatBuffer
 
-LEAVING = -1  # in the place of the number of rows
+LEAVING, FAILED = -1, -2  # in the place of the number of rows
+GOODBYE = 1  # the tag of a worker's last message
+FOREVER = timedelta(days=10_000)
 
 
 class Applied(NamedTuple):
@@ -25,10 +29,11 @@ class Applied(NamedTuple):
 
 
 class ServerLoop:
-    """One thread a worker waits for its pushes, and puts them into a queue; the main thread does all the rest.
+    """Two threads a worker put into a queue what they hear of it; the main thread does all the rest.
 
-    A receipt from *any* rank would need no threads. But gloo's takes no notice of a rank that dies, and never ends
-    where that was the last one it could come from; one rank's connection tells.
+    One waits for its pushes, the other for its goodbye. A receipt from *any* rank would need no threads. But gloo's
+    takes no notice of a rank that dies; one rank's does, unless that dies in the middle of a message: then the receipt
+    of that message, and a send too, never ends. The goodbye's, of which nothing has come yet, ends even then.
 
     ps: the `ParameterServer`; after_step: called after every step of the optimizer, or None.
     """
@@ -36,52 +41,73 @@ class ServerLoop:
     def __init__(self, ps, after_step):
         self.ps, self.after_step = ps, after_step
         self.parameters, self.schedule = ps.parameters, None if ps.schedule is None else deque(ps.schedule)
-        self.events = queue.SimpleQueue()  # (worker, rows or LEAVING, used parameters, or what its connection said)
+        self.asking = threading.Lock()  # one thread at a time: whoever notes the calls need not be made for threads
+        self.events = queue.SimpleQueue()  # (worker, rows or LEAVING, used parameters or why it is lost)
         self.clock = dict.fromkeys(ps.workers, 0)  # pushes applied, of those who are still there
         self.pulled_at = dict.fromkeys(ps.workers, ps.version)  # the version that each one has
         self.arrived, self.waiting = {}, []  # pushes not yet applied; workers not yet answered
         self.inbox = {worker: FlatBuffer(self.parameters) for worker in ps.workers}
         self.outbox = {} if ps.synchronous else {worker: FlatBuffer(self.parameters) for worker in ps.workers}
-        self.answers = {}  # sends under way
+        self.answers = {}  # {worker: its last answer}, kept as it may be under way
 
     def run(self):
         """Until all workers have left."""
-        for worker in self.ps.workers:
-            threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        threads = [
+            threading.Thread(target=hear, args=(worker,), daemon=True)
+            for worker in self.ps.workers
+            for hear in (self._listen, self._watch)
+        ]
+        for thread in threads:
+            thread.start()
         while self.clock:
             worker, rows, told = self.events.get()
+            if worker not in self.clock:  # it has died: its last push may be heard of later
+                continue
             if rows != LEAVING:
                 self.arrived[worker] = rows, told
             else:
-                del self.clock[worker]
+                steps = self.clock.pop(worker)
                 if told is not None:
-                    self._lose(worker, told)
+                    self._lose(worker, steps, told)
             self._apply_together() if self.ps.synchronous else self._apply_apart()
-        for worker in list(self.answers):
-            self._sent(worker)
+        for thread in threads:
+            thread.join(1)  # but for a message cut off, all end now; one that woke while Python ends would abort it
 
     def _listen(self, worker):
         header = torch.empty(self.ps.header_bytes, dtype=torch.uint8)
         try:
             while True:
-                self.ps.receive(header, worker)
+                self._receive(header, worker)
                 rows = int(header[:8].view(torch.int64))
-                if rows == LEAVING:
-                    return self.events.put((worker, LEAVING, None))
-                self.ps.receive(self.inbox[worker].raw, worker)  # nobody reads it now: the last push was answered
+                if rows in (LEAVING, FAILED):
+                    told = RuntimeError("an exception ended its `with`") if rows == FAILED else None
+                    return self.events.put((worker, LEAVING, told))
+                self._receive(self.inbox[worker].raw, worker)  # nobody reads it now: the last push was answered
                 bits = header[8:].tolist()
                 used = [bits[i // 8] >> i % 8 & 1 for i in range(len(self.parameters))]
                 self.events.put((worker, rows, used))
         except RuntimeError as error:  # the connection is closed
             self.events.put((worker, LEAVING, error))
 
-    def _lose(self, worker, error):
+    def _watch(self, worker):
+        try:
+            self._receive(torch.empty(1, dtype=torch.uint8), worker, GOODBYE)
+        except RuntimeError as error:
+            self.events.put((worker, LEAVING, error))
+
+    def _receive(self, tensor, worker, tag=0):
+        """A worker may take its time. (Not torch's recv: waiting, it holds on to the group, which could not end.)"""
+        with self.asking:
+            receipt = dist.irecv(tensor, group=self.ps.group, group_src=worker, tag=tag)
+        receipt.wait(FOREVER)
+
+    def _lose(self, worker, steps, error):
         self.ps.lost[worker] = error
         self.arrived.pop(worker, None)
         if self.ps.synchronous:
             raise ConnectionError(
-                f"worker {worker} died after {len(self.ps.log) // len(self.ps.workers)} steps: a synchronous server "
-                "cannot make up its share of the batch (synchronous=False goes on with the others)"
+                f"worker {worker} is lost after {steps} steps: a synchronous server cannot make up its share of the "
+                "batch (synchronous=False goes on with the others)"
             ) from error
 
     def _apply_together(self):
@@ -101,12 +127,11 @@ class ServerLoop:
         for worker in order:
             self.clock[worker] += 1
             self._answer(worker, answer)
-        for worker in order:
-            self._sent(worker)
         self.arrived.clear()
 
     def _apply_apart(self):
         """Apply the pushes that are there, one by one, and answer whoever may go on."""
+        self._let_go()  # nobody waits for a worker that has left
         while (worker := self._next()) is not None:
             _, used = self.arrived.pop(worker)
             self.ps.log.append(Applied(worker, self.pulled_at[worker], self.ps.version))
@@ -114,7 +139,6 @@ class ServerLoop:
             self.clock[worker] += 1
             self.waiting.append(worker)
             self._let_go()
-        self._let_go()
 
     def _next(self):
         """The worker whose push is applied next; None where that one has not arrived yet."""
@@ -126,7 +150,8 @@ class ServerLoop:
         turn = self.schedule[0]
         if turn in self.arrived:
             return self.schedule.popleft()
-        if turn not in self.clock or turn in self.waiting:
+        at_work = self.clock.keys() - self.arrived.keys() - set(self.waiting)  # they may push or leave, and free others
+        if turn not in self.clock or not at_work:
             why = "waits for slower ones, as staleness asks" if turn in self.clock else "has left"
             raise ValueError(f"the schedule's push {done} (from 0) is worker {turn}'s, which {why}")
         return None
@@ -137,7 +162,6 @@ class ServerLoop:
         for worker in [w for w in self.waiting if w in self.clock]:
             if self.ps.staleness is None or self.clock[worker] - slowest <= self.ps.staleness:
                 self.waiting.remove(worker)
-                self._sent(worker)
                 self._answer(worker, self.outbox[worker].read_from(self.parameters))
 
     def _step(self, gradients, used):
@@ -149,16 +173,9 @@ class ServerLoop:
             self.after_step()
 
     def _answer(self, worker, buffer):
+        """Sends, and does not wait: a worker that pushes again has had its answer, and the buffer is free."""
         self.pulled_at[worker] = self.ps.version
         try:
             self.answers[worker] = self.ps.send(buffer.raw, worker)
         except RuntimeError:
-            pass  # it has died: its thread tells
-
-    def _sent(self, worker):
-        """Wait until the last answer has left, so that its buffer is free."""
-        try:
-            if work := self.answers.pop(worker, None):
-                work.wait()
-        except RuntimeError:
-            pass
+            pass  # it has died: its threads tell

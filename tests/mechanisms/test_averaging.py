@@ -1,8 +1,10 @@
 """Averaging parameters, and local SGD: against one process, and against torch's own model averaging."""
 
+import copy
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -110,6 +112,31 @@ def test_payload(ranks_of):
         assert {e.name for e in trace.collectives} == {"all_reduce"}
     trace = ranks_of(4).trace(averaged, optimizer="SGD", quiet=True)
     assert {trace.bytes(None, r) for r in range(4)} == {size + momentum + 16}
+
+
+def test_numpy_and_torch_numbers_are_weights(ranks_of):
+    def mean(kind):
+        net, rank = nn.Linear(1, 1, bias=False), dist.get_rank()
+        net.weight.data.fill_(rank)
+        average_parameters(net, {
+            "NumPy's": np.int64(rank + 1), "torch's": torch.tensor(rank + 1), "an array": np.arange(1, 5),
+        }[kind])  # fmt: skip
+        return net.weight.item()
+
+    for kind in ("NumPy's", "torch's", "an array"):
+        assert ranks_of(4).run(mean, kind, quiet=True) == pytest.approx([2.0] * 4)  # (0 + 2 + 6 + 12) / 10
+
+
+def test_a_rank_that_weighs_nothing_has_no_influence(ranks_of):
+    """Not even where its training has come to nothing: 0 times NaN would be NaN on all ranks."""
+
+    def diverged():
+        net, rank = nn.Linear(1, 1, bias=False), dist.get_rank()
+        net.weight.data.fill_(math.nan if rank == 1 else rank)
+        average_parameters(net, 0 if rank == 1 else 2)
+        return net.weight.item()
+
+    assert ranks_of(4).run(diverged, quiet=True) == pytest.approx([5 / 3] * 4)
 
 
 def test_dtypes_are_kept(ranks_of):
@@ -232,6 +259,35 @@ def test_one_shot_average(ranks_of):
         assert averages == 1
 
 
+def test_training_goes_on_from_a_checkpoint(ranks_of):
+    """Parameters, momentum, and the outer optimizer's momentum: the same as without a stop."""
+
+    def steps(net, inner, first, last, load=None):
+        run = LocalSGD(net, inner, 5, outer=OUTER["Nesterov"])
+        if load:
+            run.outer.load_state_dict(load)
+        for step in range(first, last):
+            gradient_of(net, rows_of(dist.get_rank(), step, 4))
+            run.step()
+        return run
+
+    def stops(at):
+        net = Net(0)
+        inner = OPTIMIZERS["SGD"](net.parameters())
+        run = steps(net, inner, 0, at)
+        kept = [copy.deepcopy(one.state_dict()) for one in (net, inner, run.outer)]
+        net = Net(7)
+        net.load_state_dict(kept[0])
+        inner = OPTIMIZERS["SGD"](net.parameters())
+        inner.load_state_dict(kept[1])
+        steps(net, inner, at, STEPS, kept[2])
+        return state(net)
+
+    for got, want in zip(ranks_of(4).run(stops, 10, quiet=True), imitated(STEPS, "SGD", 5, 4, outer="Nesterov"),
+                         strict=True):  # fmt: skip
+        same(got, want)
+
+
 # ---- against torch's own --------------------------------------------------------------------------------------
 
 
@@ -260,8 +316,13 @@ def test_local_sgd_equals_torchs_model_averaging(ranks_of, optimizer, every):
 def test_bad_input_is_named(ranks_of):
     ranks = ranks_of(4)
     fails(ranks, "3 weights for 4 ranks", lambda r: average_parameters(Net(0), [1, 2, 3]))
-    fails(ranks, "0 or more, not -2.0", lambda r: average_parameters(Net(0), [1, 2, 3, -2]))
-    fails(ranks, "0 or more, not nan", lambda r: average_parameters(Net(0), math.nan))
+    fails(ranks, "0 or more and finite, not [1.0, 2.0, 3.0, -2.0]", lambda r: average_parameters(Net(0), [1, 2, 3, -2]))
+    for wrong in (math.nan, math.inf, -1):  # on one rank: all of them say so
+        fails(ranks, "a weight is a number of rows", lambda r, w=wrong: average_parameters(Net(0), w if r == 2 else 1))
+    fails(ranks, "0 or more and finite, not 1e+308", lambda r: average_parameters(Net(0), 1e308))
+    fails(ranks, "0 or more and finite, not [1e+308", lambda r: average_parameters(Net(0), [1e308] * 4))
+    fails(ranks, "parameters are not the module's",
+          lambda r: average_parameters(Net(0), optimizer=torch.optim.SGD(Net(1).parameters())))  # fmt: skip
     fails(ranks, "all weights are 0", lambda r: average_parameters(Net(0), 0))
     fails(ranks, "all weights are 0", lambda r: average_parameters(Net(0), [0, 0, 0, 0]))
     fails(ranks, "1 or more, or None, not 0", lambda r: LocalSGD(Net(0), None, 0))

@@ -7,6 +7,7 @@ import textwrap
 import time
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -285,7 +286,7 @@ def test_bytes_are_what_the_formula_says(ranks_of, n, options):
     header = 8 + 2  # nine trainable tensors
     assert sum(p.requires_grad for p in net.parameters()) == 9
     trace = ranks_of(4).trace(in_world, n, partial(train, 5, "SGD", **options), quiet=True)
-    hello, goodbye = 16, header
+    hello, goodbye = 16, header + 1
     for worker in range(1, n):
         assert trace.bytes("send", worker) == hello + 5 * (size + header) + goodbye
         assert trace.bytes("recv", worker) == hello + everything + 5 * size
@@ -326,34 +327,44 @@ def test_mixed_dtypes(ranks_of):
 # ---- when it goes wrong ---------------------------------------------------------------------------------------
 
 DYING = """
-import datetime, json, os, signal, sys, torch, torch.distributed as dist
+import json, os, signal, sys, torch, torch.distributed as dist
 import torch.distributed.nn  # lets a group end before Python does
-from pardist_lib.mechanisms.parameter_server import ParameterServer
-rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+from pardist_lib.mechanisms.parameter_server import ParameterServer, _header
+rank, store, out, when = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", store=dist.FileStore(store, 3), rank=rank, world_size=3)
-net = torch.nn.Linear(2, 2)
+net = torch.nn.Linear(2, 2) if when == "between" else torch.nn.Linear(4000, 3000)
 ps = ParameterServer(net, torch.optim.SGD(net.parameters(), lr=0.1), synchronous=False, staleness=1)
 if ps.serving:
     ps.serve()
     json.dump({"log": ps.log, "lost": list(ps.lost)}, open(out, "w"))
 else:
     for step in range(8):
-        if rank == 2 and step == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
         for p in net.parameters():
             p.grad = torch.ones_like(p)
+        if rank == 2 and step == 3:
+            if when != "between":
+                pushed = ps.leaving.read_from([p.grad for p in net.parameters()]).raw
+                ps.arriving.raw.zero_()
+                pulls = dist.irecv(ps.arriving.raw, 0)
+                ps.send(_header(1, [True, True]), 0).wait()
+                push = ps.send(pushed, 0)
+                while when == "pulling" and not ps.arriving.raw[:100].any():
+                    pass
+            os.kill(os.getpid(), signal.SIGKILL)
         ps.step()
     ps.leave()
 dist.destroy_process_group()
 """
 
 
-def test_a_worker_that_dies_does_not_stop_the_asynchronous_server(tmp_path):
-    """Three real processes; the others may not wait for the dead one either, though they are bound to it."""
+@pytest.mark.parametrize("when", ["between", "pushing", "pulling"])
+def test_a_worker_that_dies_does_not_stop_the_asynchronous_server(tmp_path, when):
+    """Three real processes; the others may not wait for the dead one either, though they are bound to it. It dies
+    between two steps, or in the middle of a message of 48 MB."""
     script, out = tmp_path / "dying.py", tmp_path / "out.json"
     script.write_text(textwrap.dedent(DYING))
     command = [sys.executable, str(script)]
-    processes = [subprocess.Popen([*command, str(r), str(tmp_path / "store"), str(out)]) for r in range(3)]
+    processes = [subprocess.Popen([*command, str(r), str(tmp_path / "store"), str(out), when]) for r in range(3)]
     try:
         assert [p.wait(200) for p in processes] == [0, 0, -9]
     finally:
@@ -361,7 +372,7 @@ def test_a_worker_that_dies_does_not_stop_the_asynchronous_server(tmp_path):
             p.kill()
     told = json.loads(out.read_text())
     workers = [worker for worker, *_ in told["log"]]
-    assert workers.count(1) == 8 and workers.count(2) == 3
+    assert workers.count(1) == 8 and workers.count(2) == 3 + (when == "pulling")
     assert told["lost"] == [2]
 
 
@@ -376,7 +387,9 @@ def test_a_worker_that_dies_stops_the_synchronous_server_by_name(ranks_of, tmp_p
                 (tmp_path / "said").write_text(str(error))
         for step in range(0 if ps.serving else 5):
             gradient_of(net, rows_of(1, step))
-            if dist.get_rank() == 2 and step == 2:
+            if dist.get_rank() == 1 and step == 1:  # has no more batches
+                return ps.leave()
+            if dist.get_rank() == 2 and step == 3:
                 import os
 
                 os._exit(3)
@@ -384,23 +397,38 @@ def test_a_worker_that_dies_stops_the_synchronous_server_by_name(ranks_of, tmp_p
 
     with pytest.raises(RankError, match="rank 2"):
         ranks_of(4).run(dying, quiet=True)
-    assert "worker 2 died after 2 steps: a synchronous server cannot" in (tmp_path / "said").read_text()
+    assert "worker 2 is lost after 3 steps: a synchronous server cannot" in (tmp_path / "said").read_text()
 
 
-def test_a_worker_that_raises_leaves_and_its_own_error_is_told(ranks_of):
-    def raising():
-        net = Net(0)
-        with ParameterServer(net, torch.optim.SGD(net.parameters(), lr=0.1), synchronous=False) as ps:
-            if ps.serving:
-                return ps.serve()
-            for step in range(4):
-                if dist.get_rank() == 2 and step == 1:
-                    raise KeyError("batch 17")
-                gradient_of(net, rows_of(1, step))
-                ps.step()
+@pytest.mark.parametrize("synchronous", [True, False])
+def test_a_worker_that_raises_is_lost_and_its_own_error_is_told(ranks_of, synchronous, tmp_path):
+    def raising(catch):
+        net, rank = Net(0), dist.get_rank()
+        try:
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            with ParameterServer(net, optimizer, synchronous=synchronous) as ps:
+                if ps.serving:
+                    ps.serve()
+                for step in range(0 if ps.serving else 4):
+                    if rank == 2 and step == 1:
+                        raise KeyError("batch 17")
+                    gradient_of(net, rows_of(1, step))
+                    ps.step()
+        except ConnectionError as error:
+            (tmp_path / "said").write_text(str(error))
+            raise
+        except KeyError:
+            if not catch:
+                raise
+        return rank or sorted(a.worker for a in ps.log), {w: str(error) for w, error in ps.lost.items()}
 
     with pytest.raises(RankError, match="batch 17"):
-        ranks_of(4).run(raising, quiet=True)
+        ranks_of(4).run(raising, False, quiet=True)
+    if synchronous:
+        assert "worker 2 is lost after 1 steps" in (tmp_path / "said").read_text()
+    else:
+        told = ranks_of(4).run(raising, True, quiet=True)[0]
+        assert told == ([1] * 4 + [2] + [3] * 4, {2: "an exception ended its `with`"})
 
 
 def fails(ranks, why, make, n=4):
@@ -433,7 +461,8 @@ def test_bad_arguments_are_named(ranks_of):
     fails(ranks, "rank 0: the workers are [1, 2, 3]", lambda r: server(r, synchronous=False, schedule=[1, 0]))
     fails(ranks, "rank 9 is not in the group", lambda r: server(r, server=9))
     differ = "names, shapes, dtypes and requires_grad must agree"
-    fails(ranks, differ, lambda r: server(r, nn.Linear(2, 2 + (r == 0))))
+    for odd in (0, 2):  # all ranks say so, those that agree with the server too
+        fails(ranks, differ, lambda r, odd=odd: server(r, nn.Linear(2, 2 + (r == odd))))
     fails(ranks, differ, lambda r: server(r, nn.Linear(2, 2, bias=r > 0, dtype=torch.float64)))
 
 
@@ -451,17 +480,22 @@ def test_wrong_use_is_named(ranks_of):
             if ps.serving:
                 note(ps.step)
                 ps.serve()
+                note(ps.serve)
             else:
                 note(ps.serve)
                 note(ps.step, -1)
                 note(ps.step, 0.5)
+                ps.step(rows=np.int64(2))
                 ps.leave()
                 note(ps.step)
                 ps.leave()  # once more does no harm
         return said
 
     server, worker, *_ = ranks_of(4).run(used, quiet=True)
-    assert server == ["rank 0 is the server: it calls serve(), step() is for the workers"]
+    assert server == [
+        "rank 0 is the server: it calls serve(), step() is for the workers",
+        "this server has served, its workers have left: make a new ParameterServer on all ranks",
+    ]
     assert [text.split(":")[0].split(",")[0] for text in worker] == [
         "rank 1 is a worker", "rows is how many rows this gradient is the mean over",
         "rows is how many rows this gradient is the mean over", "rank 1 has left the server",
@@ -480,3 +514,40 @@ def test_a_schedule_that_cannot_be_kept_is_refused(ranks_of, schedule, staleness
     with pytest.raises(RankError) as caught:
         ranks_of(4).run(train, 3, "SGD", synchronous=False, staleness=staleness, schedule=schedule, quiet=True)
     assert why in str(caught.value)
+
+
+def test_a_schedule_may_count_on_a_slow_worker_to_leave(ranks_of):
+    """Worker 1 waits for rank 2, which makes no step and leaves; worker 3's push comes before its turn meanwhile."""
+
+    def leaves():
+        rank, net = dist.get_rank(), Net(0)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        schedule = [3, 1, 1, 1, 3]
+        with ParameterServer(net, optimizer, synchronous=False, staleness=1, schedule=schedule) as ps:
+            if ps.serving:
+                return [a.worker for a in ps.serve()]
+            time.sleep(0.5 if rank == 2 else 0)
+            for step in range([3, 0, 2][rank - 1]):
+                gradient_of(net, rows_of(1, step))
+                ps.step()
+
+    assert ranks_of(4).run(leaves, quiet=True)[0] == [3, 1, 1, 1, 3]
+
+
+def test_one_server_after_the_other(ranks_of):
+    def in_turn():
+        net, logs = Net(0), []
+        for server in (2, 0, 1, 0):
+            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            with ParameterServer(net, optimizer, synchronous=server != 1, server=server) as ps:
+                if ps.serving:
+                    logs.append(len(ps.serve()))
+                for step in range(0 if ps.serving else 3):
+                    gradient_of(net, rows_of(1, step))
+                    ps.step()
+        return logs, state(net)["fc1.weight"]
+
+    results = ranks_of(4).run(in_turn, quiet=True)
+    assert [logs for logs, _ in results] == [[9, 9], [9], [9], []]
+    for _, weight in results:
+        assert torch.equal(weight, results[0][1]) and not torch.equal(weight, state(Net(0))["fc1.weight"])
