@@ -72,12 +72,12 @@ class DataParallel(nn.Module):
     Bytes per rank and step: S (the trainable parameters') are handed to all_reduce, which as a ring sends
     2·(n − 1)/n·S. Forward sends nothing (but buffers, BatchNorm's statistics).
 
-    Frozen parameters are left alone, tied ones count once; freeze before wrapping (what is frozen later is left alone,
-    but travels as zeros). The mean over ranks is that of the whole batch where all ranks have as many rows; for others
+    Frozen parameters are left alone, tied ones count once; freeze, move and cast before wrapping (what is frozen later
+    counts as unused). The mean over ranks is that of the whole batch where all ranks have as many rows; for others
     see `weight` and `join`. After backward all ranks hold the same gradients, so torch's clip_grad_norm_ clips by the
     global norm without sending anything. Gradients taken with torch.autograd.grad are not averaged, and hooks of
-    parameters see this rank's own. A backward has to reach at least one parameter on every rank; after one that raised,
-    on all ranks, zero_grad() to None and go on. A deep copy averages its own gradients.
+    parameters see this rank's own. A backward has to reach at least one parameter on every rank; after one that
+    raised, on all ranks, zero_grad() to None and go on. A deep copy averages its own gradients.
 
     Raises ValueError: ranks' models of different shapes, nothing to train, a bucket of size 0, a module that is
     wrapped already, Embedding(max_norm=…); in a forward to be trained, for a batch (the first tensor) without rows.
@@ -230,7 +230,7 @@ class DataParallel(nn.Module):
         for bucket in self.buckets:
             bucket.missing = set()
         self._start_full_ones()
-        unused = [p for p in missing if p.grad is None and p.requires_grad]
+        unused = [p for p in missing if p.grad is None]
         if self.find_unused_parameters:
             used = torch.tensor([p.grad is not None for p in self.names], dtype=torch.uint8, device=self._device())
             self._ends.append(dist.all_reduce(used, dist.ReduceOp.MAX, self.group, async_op=True).wait)
@@ -238,10 +238,10 @@ class DataParallel(nn.Module):
         self._backward = None
         if unused and not self.find_unused_parameters:
             more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-            first = next(name for p, name in self.names.items() if p.grad is None and p.requires_grad)
+            first = next(name for p, name in self.names.items() if p.grad is None)
             raise RuntimeError(
                 f"{first}{more} got no gradient on rank {dist.get_rank(self.group)}: this backward does not reach "
-                "every parameter. Freeze what is never used, or pass find_unused_parameters=True"
+                "every parameter. Freeze what is never used before wrapping, or pass find_unused_parameters=True"
             )
         if unused:
             anyone = dict(zip(self.names, used.tolist(), strict=True))
@@ -264,7 +264,7 @@ class DataParallel(nn.Module):
 def _arrived(wrapper, p):
     """The hook: it is given the parameter, not its gradient."""
     if not (alive := wrapper()):
-        raise RuntimeError("the DataParallel that averages this gradient is gone: keep it in a variable, or unwrap()")
+        raise RuntimeError("the DataParallel that averages this gradient is gone: keep it, or unwrap() the module")
     if p.grad is not None:  # None: a function that has no gradient for it
         alive._arrived(p)
 

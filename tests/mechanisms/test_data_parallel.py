@@ -750,6 +750,12 @@ def reentrant_and_unused():
     reentrant(find_unused_parameters=True)
 
 
+def frozen_later():
+    model = DataParallel(Net())
+    model.module.extra.requires_grad_(False)
+    model(batch(0)[0]).sum().backward()
+
+
 def negative_rows():
     DataParallel(Net()).weight(-1)
 
@@ -810,7 +816,8 @@ BAD = [
     (reentrant_and_unused, "checkpoint.*use_reentrant=False"),
     (negative_rows, "rows is how many rows this rank has, 0 or more, not -1"),
     (differentiable_mean, r"create_graph=True.*torch\.autograd\.grad"),
-    (kept_by_nobody, "the DataParallel .* is gone: keep it in a variable, or unwrap"),
+    (frozen_later, "extra.weight and 1 more got no gradient .* before wrapping, or pass find_unused_parameters=True"),
+    (kept_by_nobody, "the DataParallel .* is gone: keep it, or unwrap"),
     (rows_of_bounded_length, "the module has max_norm=1.0: .* max_norm=None"),
     (another_order_in_memory, r"rank 2 has parameter weight, float32 \[4, 3, 3, 3\] with strides \[27, 1, 9, 3\]"),
     (another_batch_norm, "Rectified is a BatchNorm with a forward of its own.*sync_batch_norm=False"),
@@ -985,18 +992,20 @@ def test_fused_optimizers_and_channels_last(ranks_of):
         same(got, want)
 
 
-def frozen_between_steps():
-    model, (x, y) = DataParallel(Net(), bucket_mb=TINY), batch(0)
-    model.module.extra.requires_grad_(False)
+def frozen_between_steps(on):
+    model, (x, y) = DataParallel(Net(), bucket_mb=TINY, find_unused_parameters=True), batch(0)
+    model.module.extra.requires_grad_(dist.get_rank() not in on)
     cross_entropy(model(x.chunk(4)[dist.get_rank()]), y.chunk(4)[dist.get_rank()]).backward()
     return gradients(model)
 
 
-def test_what_is_frozen_later_is_left_alone(ranks_of):
+def test_what_is_frozen_later_counts_as_unused(ranks_of):
     alone, (x, y) = Net(), batch(0)
     alone.extra.requires_grad_(False)
     cross_entropy(alone(x), y).backward()
-    same(on_all(ranks_of(4).run(frozen_between_steps, quiet=True), 4), gradients(alone))
+    same(on_all(ranks_of(4).run(frozen_between_steps, range(4), quiet=True), 4), gradients(alone))
+    on_some = on_all(ranks_of(4).run(frozen_between_steps, [1], quiet=True), 4)
+    assert on_some["extra.weight"].any(), "the ranks stay equal even so"
 
 
 def with_other_things():
