@@ -82,7 +82,8 @@ class DataParallel(nn.Module):
     Raises ValueError: ranks' models of different shapes, nothing to train, a bucket of size 0, a module that is
     wrapped already, Embedding(max_norm=…); in a forward to be trained, for a batch (the first tensor) without rows.
     RuntimeError: parameters to be trained that were not there when it was wrapped; in backward, a reentrant checkpoint,
-    create_graph=True, sparse gradients, parameters without a gradient, and a wrapper that no variable holds any more.
+    create_graph=True, sparse gradients, parameters without a gradient, a gradient that a hook replaces, and a wrapper
+    that no variable holds any more.
     """
 
     def __init__(self, module, group=None, bucket_mb=25, overlap=True, *, first_bucket_mb=1, comm_hook=all_reduce_hook,
@@ -230,7 +231,7 @@ class DataParallel(nn.Module):
         for bucket in self.buckets:
             bucket.missing = set()
         self._start_full_ones()
-        unused = [p for p in missing if p.grad is None]
+        unused = {p for p in missing if p.grad is None}
         if self.find_unused_parameters:
             used = torch.tensor([p.grad is not None for p in self.names], dtype=torch.uint8, device=self._device())
             self._ends.append(dist.all_reduce(used, dist.ReduceOp.MAX, self.group, async_op=True).wait)
@@ -247,6 +248,11 @@ class DataParallel(nn.Module):
             anyone = dict(zip(self.names, used.tolist(), strict=True))
             for p in unused:
                 p.grad = self._home[p][1] if anyone[p] else None
+        if lost := [p for p, (_, view) in self._home.items() if p.grad is not view and p not in unused]:
+            raise RuntimeError(
+                f"a hook has taken or replaced the gradient of {self.names[lost[0]]} before it was averaged. An "
+                "optimizer that averages by itself can leave it: ShardedOptimizer(…, reduce_gradients=False)"
+            )
 
     def _wait(self):
         while self._ends:

@@ -16,6 +16,7 @@ from pardist_lib import RankError
 from pardist_lib.lessons.watch import group_of, in_world
 from pardist_lib.mechanisms.collectives import ring_all_reduce
 from pardist_lib.mechanisms.data_parallel import DataParallel, naive_average
+from pardist_lib.mechanisms.sharded_optimizer import ShardedOptimizer
 from pardist_lib.mechanisms.sync_batch_norm import SyncBatchNorm
 
 WORLDS = [1, 2, 3, 4]
@@ -756,6 +757,19 @@ def frozen_later():
     model(batch(0)[0]).sum().backward()
 
 
+def averaged_twice():
+    model = DataParallel(Net())
+    optimizer = ShardedOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    model(batch(0)[0]).sum().backward()
+    return optimizer
+
+
+def stepped_in_backward():
+    model = DataParallel(Net())
+    model.module.out.bias.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    model(batch(0)[0]).sum().backward()
+
+
 def negative_rows():
     DataParallel(Net()).weight(-1)
 
@@ -817,6 +831,8 @@ BAD = [
     (negative_rows, "rows is how many rows this rank has, 0 or more, not -1"),
     (differentiable_mean, r"create_graph=True.*torch\.autograd\.grad"),
     (frozen_later, "extra.weight and 1 more got no gradient .* before wrapping, or pass find_unused_parameters=True"),
+    (averaged_twice, "a hook has taken or replaced the gradient of .*ShardedOptimizer.*reduce_gradients=False"),
+    (stepped_in_backward, "a hook has taken or replaced the gradient of out.bias before it was averaged"),
     (kept_by_nobody, "the DataParallel .* is gone: keep it, or unwrap"),
     (rows_of_bounded_length, "the module has max_norm=1.0: .* max_norm=None"),
     (another_order_in_memory, r"rank 2 has parameter weight, float32 \[4, 3, 3, 3\] with strides \[27, 1, 9, 3\]"),
@@ -990,6 +1006,22 @@ def test_fused_optimizers_and_channels_last(ranks_of):
     want = fused(lambda module: module)
     for got in ranks_of(4).run(fused, DataParallel, quiet=True):
         same(got, want)
+
+
+def with_sharded_state():
+    model = DataParallel(Net(seed=dist.get_rank()))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ShardedOptimizer(trained, torch.optim.AdamW, lr=0.01, reduce_gradients=False)
+    for step in range(20):
+        x, y = (t.chunk(4)[dist.get_rank()] for t in batch(step))
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return state(model)
+
+
+def test_with_an_optimizer_whose_state_is_sharded(ranks_of):
+    same(on_all(ranks_of(4).run(with_sharded_state, quiet=True), 4), train_alone("adamw"))
 
 
 def frozen_between_steps(on):
