@@ -58,15 +58,16 @@ class FlatShards:
 
     def check_pieces(self):
         """Raise where something was done to a piece that would be lost without a word."""
+        begin, size = self.shard.data_ptr(), self.shard.element_size()
         for name, piece, span in zip(self.names, self.pieces, self.spans, strict=True):
             if piece.requires_grad != self.trainable:
                 raise ValueError(f"{name} was frozen or unfrozen after wrapping: set requires_grad before")
-            if piece._backward_hooks or piece._post_accumulate_grad_hooks:
+            if piece._backward_hooks:
                 raise ValueError(
-                    f"{name} has a gradient hook, and a shard calls none: register it before wrapping, where it sees "
-                    "this rank's own gradient, or change .grad between backward and step"
+                    f"{name} has a hook of register_hook, which a shard never calls: register it before wrapping (it "
+                    "sees this rank's own gradient then), or use register_post_accumulate_grad_hook"
                 )
-            if piece.numel() and piece.data_ptr() != self.shard[span].data_ptr():
+            if piece.numel() and piece.data_ptr() != begin + (span.start or 0) * size:
                 raise RuntimeError(
                     f"the memory of {name} was replaced after wrapping (by p.data = …, or module.to(…)): change it in "
                     "place, with p.copy_(…), or change the model first and then wrap it"
@@ -113,12 +114,15 @@ class FlatShards:
         return line
 
     def add_gradient(self, shard, used):
-        """Give the pieces their gradients, those only whose parameter was used; added to what they have already."""
+        """Give the pieces their gradients, those only whose parameter was used; added to what they have already. Then
+        the hooks of `register_post_accumulate_grad_hook` are called, as autograd would."""
         for piece, span, anyone in zip(self.pieces, self.spans, used, strict=True):
             if anyone and piece.grad is None:
                 piece.grad = shard[span]
             elif anyone:
                 piece.grad += shard[span]
+            for hook in list((piece._post_accumulate_grad_hooks or {}).values()) if anyone else ():
+                hook(piece)
 
 
 # ---- what all ranks must agree on -----------------------------------------------------------------------------

@@ -41,6 +41,10 @@ def full_optimizer_state(optimizer, group=None):
 
 def load_full_optimizer_state(optimizer, state):
     """The other way round: a one-process optimizer's `state_dict`, each rank taking its pieces. Sends nothing."""
+    if "rank" in state:
+        raise ValueError(
+            "this state dict is one rank's shard: load_state_dict takes it; save full_state_dict() for here"
+        )
     pieces = [p for g in optimizer.param_groups for p in g["params"]]
     cut = {i: dict(values) for i, values in state["state"].items()}
     if cut and max(cut) >= len(pieces):
@@ -60,9 +64,11 @@ def load_full_optimizer_state(optimizer, state):
 def check_origin(state, group=None):
     """Raise ValueError where a sharded state dict was another rank's, or made in a world of another size."""
     rank, n = place(group)
-    if (state.get("rank"), state.get("world_size")) != (rank, n):
+    if "rank" not in state:
+        raise ValueError("this state dict is whole, not one rank's shard: load_full_state_dict takes it")
+    if (state["rank"], state["world_size"]) != (rank, n):
         raise ValueError(
-            f"this state dict is the shard of rank {state.get('rank')} of {state.get('world_size')}, here is rank "
+            f"this state dict is the shard of rank {state['rank']} of {state['world_size']}, here is rank "
             f"{rank} of {n}: save full_state_dict() to load it into a world of another size"
         )
 

@@ -224,6 +224,7 @@ class ShardedDataParallel(nn.Module):
             self._sent[-2][1].result()  # no more than two gradients of units wait to be sent
         self._sent.append((line, self._courier.reduce_scatter(line.gradient_line(), line.sizes)))
 
+    @torch.no_grad()
     def _after_backward(self):
         reduced = {line for line, _ in self._sent}
         used = [line in reduced or i in line.taken for line in self._trained for i in range(len(line.whole))]
@@ -308,7 +309,8 @@ class ShardedDataParallel(nn.Module):
         self.module.load_state_dict(cut_state(state_dict, self.module.state_dict(keep_vars=True)))
 
     def full_optimizer_state_dict(self, optimizer):
-        """The state of an optimizer of these pieces, whole, as one process would save it. On every rank."""
+        """The state of an optimizer of these pieces, whole, as one process would save it. On every rank.
+        `optimizer.state_dict` is this rank's only, and fits no other rank."""
         return full_optimizer_state(optimizer, self.group)
 
     def load_full_optimizer_state_dict(self, optimizer, state_dict):

@@ -63,8 +63,8 @@ class Unit:
 
     def lends(self, tensors):
         """Whether one of these is a parameter of the unit, or a view of one."""
-        lines = {line.line.untyped_storage().data_ptr() for line in self.lines}
-        return any(t.layout == torch.strided and t.untyped_storage().data_ptr() in lines for t in tensors)
+        lines = {line.line.untyped_storage()._cdata for line in self.lines}  # not data_ptr: fake tensors have none
+        return any(t.layout == torch.strided and t.untyped_storage()._cdata in lines for t in tensors)
 
 
 def make_units(module, chosen, group, keep_whole):
@@ -88,7 +88,7 @@ def make_units(module, chosen, group, keep_whole):
         lines = [FlatShards(ps, [names[p] for p in ps], group, keep_whole) for ps in kinds.values()]
         for line in lines:
             for p, piece in zip(line.whole, line.pieces, strict=True):
-                away = Away(p.new_empty(()).expand(p.shape), requires_grad=p.requires_grad)
+                away = Away(p.detach(), requires_grad=p.requires_grad)
                 shown += [(m, name, (p, piece, away)) for m, name in places[p]]
         if part is module or lines:
             units.append(Unit(part, lines, shown))

@@ -270,6 +270,31 @@ def test_units_that_do_something_unusual(ranks, stage):
                 close(got[name], alone[name], f"{name}, {way}")
 
 
+def stepping_in_backward(n, stage):
+    """Each parameter has an optimizer of its own, that steps as soon as its gradient is there."""
+    model = filled(Between(Scaled()))
+    model = ShardedDataParallel(model, stage) if n else model
+    optimizers = {p: torch.optim.AdamW([p], lr=0.02) for p in model.parameters()}
+
+    def step_now(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step_now)
+    for step in range(3):
+        x = rows_of(step, torch.float64)
+        model(x[dist.get_rank() :: n] if n else x).square().mean().backward()
+    return model.full_state_dict() if n else model.state_dict()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_optimizer_may_step_in_a_hook(ranks, stage):
+    alone = ranks.run(stepping_in_backward, None, stage, on=0)[0]
+    for got in ranks.run(stepping_in_backward, 4, stage, quiet=True):
+        close(got, alone, "in backward")
+
+
 def two_models(stage):
     plain = [filled(nn.Sequential(nn.Linear(6, 37), nn.Tanh(), nn.Linear(37, 3)), seed) for seed in range(2)]
     models = [copy.deepcopy(m) if stage == 1 else ShardedDataParallel(copy.deepcopy(m), stage) for m in plain]
@@ -644,8 +669,7 @@ def wrong(how):
     if how == "never called":
         return ShardedDataParallel(whole := nn.Sequential(nn.ModuleList([linear])), units=[whole[0]])
     if how == "not a member":
-        group = group_of([0, 1])
-        return ShardedDataParallel(linear, 3, group)
+        return ShardedDataParallel(linear, 3, group_of([0, 1])).stage
     model = ShardedDataParallel(nn.Sequential(linear, nn.Linear(3, 3)))
     piece = next(model.parameters())
     if how == "reaches":
@@ -654,13 +678,11 @@ def wrong(how):
         copy.deepcopy(model)
     if how == "hooked":
         piece.register_hook(lambda gradient: 2 * gradient)
-    if how == "called back":
-        piece.register_post_accumulate_grad_hook(lambda p: None)
     if how == "memory":
         piece.data = piece.data.clone()
     if how == "assigned":
         model.load_state_dict(model.state_dict(), assign=True)
-    if how in ("hooked", "called back", "memory", "assigned"):
+    if how in ("hooked", "memory", "assigned"):
         model(torch.ones(1, 3))
     if how == "norm":
         model.clip_grad_norm_(1.0, norm_type=0)
@@ -696,8 +718,7 @@ def wrong(how):
         ("not a member", r"rank [23] is not in this group"),
         ("reaches", "used in a forward without calling the unit.*units="),
         ("copied", "a wrapped model cannot be copied or pickled"),
-        ("hooked", "0.weight has a gradient hook, and a shard calls none"),
-        ("called back", "0.weight has a gradient hook, and a shard calls none"),
+        ("hooked", "0.weight has a hook of register_hook, which a shard never calls"),
         ("memory", "the memory of 0.weight was replaced after wrapping"),
         ("assigned", "weight of Linear was replaced after wrapping.*load_full_state_dict"),
         ("norm", "norm_type is a number above 0"),

@@ -426,6 +426,10 @@ def wrong(how):
     if how == "another rank's":
         state = optimizer.state_dict()
         optimizer.load_state_dict({**state, "world_size": 2})
+    if how == "whole":
+        optimizer.load_state_dict(optimizer.full_state_dict())
+    if how == "a shard":
+        optimizer.load_full_state_dict(optimizer.state_dict())
     linear(torch.ones(1, 3)).sum().backward()
     optimizer.step()
 
@@ -452,6 +456,8 @@ def wrong(how):
         ("moved", "memory has been replaced since ShardedOptimizer was made"),
         ("unfrozen", "a parameter was unfrozen after ShardedOptimizer was made"),
         ("sparse", "the gradient of parameter 0 is sparse.*use sparse=False"),
+        ("whole", "is whole, not one rank's shard: load_full_state_dict takes it"),
+        ("a shard", "is one rank's shard: load_state_dict takes it"),
         ("another rank's", r"the shard of rank \d of 2, here is rank \d of 4: save full_state_dict"),
     ],
 )
