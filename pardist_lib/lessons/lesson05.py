@@ -29,12 +29,15 @@ def gradients_of(named):
     return {name: None if p.grad is None else p.grad.clone() for name, p in named.items()}
 
 
-def replaced(named, model):
-    """A sentence where the model has other Parameters than before, else an empty one."""
+def replaced(named, model, trained):
+    """A sentence where the model has other Parameters than before, or others are frozen, else an empty one."""
     now = dict(model.named_parameters())
     for name, p in named.items():
         if now.get(name) is not p:
             return f"the model has another {name} now: write into the one that is there, the optimizer holds on to it"
+        if p.requires_grad != (name in trained):
+            state = "takes no gradient any more" if name in trained else "takes a gradient now"
+            return f"{name} {state}: leave requires_grad as it was, p.data and torch.no_grad() do without"
     return ""
 
 
@@ -49,16 +52,17 @@ def _average_by_rows(answer, seed, dtype, rows, in_pairs=False):
     """On a rank: a model of its own, with gradients, averaged by the answer."""
     rank = dist.get_rank()
     model = Sample(seed + rank, dtype)
+    model.fc1.bias.requires_grad_(len(rows) != 3)  # what is frozen is not told by its name
     model.register_buffer("statistics", torch.full((8,), float(rank), dtype=dtype))
     model(torch.ones(2, 6, dtype=dtype)).sum().backward()
     named = dict(model.named_parameters())
     before, gradients = parameters_of(named), gradients_of(named)
+    trained = {name: p.numel() * p.element_size() for name, p in named.items() if p.requires_grad}
     groups = [group_of([0, 2]), group_of([1, 3])] if in_pairs else []
     seen = watched(answer, model, rows[rank], **({"group": groups[rank % 2]} if in_pairs else {}))
     touched = [name for name, g in gradients_of(named).items() if not alike(g, gradients[name])]
-    trained = {name: p.numel() * p.element_size() for name, p in named.items() if not name.startswith("frozen")}
     seen.kept = {"before": before, "after": parameters_of(named), "touched": touched, "trained": trained}
-    seen.kept |= {"replaced": replaced(named, model), "buffer": bool((model.statistics == rank).all())}
+    seen.kept |= {"replaced": replaced(named, model, trained), "buffer": bool((model.statistics == rank).all())}
     return seen
 
 
@@ -110,8 +114,13 @@ def _judge_by_rows(seen, members, rows, about):
         for call in one.calls:
             if call.dtype in ("float16", "bfloat16", "int8", "uint8"):
                 why = f"rows are added up as {call.dtype}, which cannot hold the number of rows of a real data set"
+                if call.bytes > 2:
+                    why = f"the parameters are added up as {call.dtype}: add them up in their own dtype"
                 raise Wrong(why, f"rank {rank}, {about}")
-    for name in mine[0].kept["trained"]:
+    for place, name in enumerate(mine[0].kept["trained"]):
+        never = "a mean was made but never reached the model: it went into a copy (p = p * … only makes a new tensor)"
+        if place:
+            never = f"{name} is not averaged, as the parameters before it are: all that are not frozen have to be"
         own = [one.kept["before"][name] for one in mine]
         mean = sum(r / total * p.double() for r, p in zip(own_rows, own, strict=True)).to(own[0].dtype)
         everyone = [one.kept["before"][name] for one in seen]
@@ -129,8 +138,9 @@ def _judge_by_rows(seen, members, rows, about):
              own if name.startswith("unused") else None),
             *(("the share of the rows is a float32 number here, as a quotient with an integer tensor is: take "
                "total.item()", mean_in_f32) for mean_in_f32 in in_f32),
-            ("a mean was made but never reached the model: it went into a copy (p = p * … only makes a new tensor)",
-             own),
+            ("a rank without rows has to take the mean over, too: it counts as 0, and goes on from where all are",
+             [p if r == 0 else None for r, p in zip(own_rows, own, strict=True)]),
+            (never, own),
             ("each rank multiplied its own parameters by its share, and nothing was added up after that",
              [r / total * p for r, p in zip(own_rows, own, strict=True)]),
             ("the weights are upside down: a rank with more rows has to count more",
@@ -188,6 +198,13 @@ class Toy(torch.nn.Module):
         return self.frozen(self.again(torch.tanh(self.fc2(torch.tanh(self.fc1(x))))))
 
 
+def _toy(dtype, rank, begin):
+    """A `Toy` in training since `begin` steps: then with another parameter frozen, which its name does not tell."""
+    model = Toy(dtype, rank)
+    model.fc1.bias.requires_grad_(not begin)
+    return model
+
+
 OPTIMIZERS = {
     "SGD": lambda ps: torch.optim.SGD(ps, lr=0.1),
     "SGD with momentum": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9),
@@ -205,14 +222,14 @@ def _toy_gradients(model, rank, step, dtype):
     model(torch.randn(4, 3, generator=generator, dtype=torch.float64).to(dtype)).square().mean().backward()
 
 
-def _local_steps(answer, optimizer, steps, k, dtype):
+def _local_steps(answer, optimizer, steps, k, dtype, begin):
     """On a rank: several steps by the answer; the parameters, and the traffic, after each one."""
     rank, all_seen = dist.get_rank(), Seen()
-    model = Toy(dtype, rank)
+    model = _toy(dtype, rank, begin)
     named, optimizer = dict(model.named_parameters()), OPTIMIZERS[optimizer](model.parameters())
     kept = {"start": parameters_of(named), "after": [], "calls": [], "touched": [], "replaced": []}
     kept["trained"] = {name: p.numel() * p.element_size() for name, p in named.items() if p.requires_grad}
-    for step in range(steps):
+    for step in range(begin, begin + steps):
         _toy_gradients(model, rank, step, dtype)
         before = gradients_of(named)
         seen = watched(answer, model, optimizer, step, k)
@@ -224,19 +241,21 @@ def _local_steps(answer, optimizer, steps, k, dtype):
         kept["calls"].append(seen.calls)
         kept["after"].append(parameters_of(named))
         kept["touched"].append([name for name, g in gradients_of(named).items() if not alike(g, before[name])])
-        kept["replaced"].append(replaced(named, model))
+        kept["replaced"].append(replaced(named, model, kept["trained"]))
+        for name, p in named.items():
+            p.requires_grad_(name in kept["trained"])
     all_seen.kept = kept
     return all_seen
 
 
-def _local_sgd(optimizer, steps, k, n, dtype, when=None, what="mean", made=lambda due: 1, first=False, state="",
+def _local_sgd(optimizer, steps, k, n, dtype, begin, when=None, what="mean", made=lambda due: 1, first=False, state="",
                only=""):  # fmt: skip
     """All ranks in one process: each one's parameters after each step, [step][rank]; with a mistake, if asked for."""
     takes = {"used": lambda p, _: p.grad is not None, "first group": lambda p, o: id(p) in _first_group(o)}.get(only)
-    models = [Toy(dtype, rank) for rank in range(n)]
+    models = [_toy(dtype, rank, begin) for rank in range(n)]
     optimizers = [OPTIMIZERS[optimizer](m.parameters()) for m in models]
     history = []
-    for step in range(steps):
+    for step in range(begin, begin + steps):
         for rank, model in enumerate(models):
             _toy_gradients(model, rank, step, dtype)
         due = (step + 1) % k == 0 if when is None else when(step)
@@ -283,18 +302,18 @@ class local_sgd_step:
 
     @staticmethod
     def check(run):
-        cases = [
-            ("SGD", 7, 3, 4, F64),
-            ("Adam, two parameter groups", 5, 2, 2, F64),
-            ("SGD with momentum", 5, 1, 4, F32),
-            ("SGD with momentum", 6, 2, 3, F64),
-            ("SGD", 3, 5, 4, F64),
+        cases = [  # optimizer, steps, k, ranks, dtype, the first step's number
+            ("SGD", 7, 3, 4, F64, 0),
+            ("Adam, two parameter groups", 5, 2, 2, F64, 0),
+            ("SGD with momentum", 5, 1, 4, F32, 0),
+            ("SGD with momentum", 6, 2, 3, F64, 3),
+            ("SGD", 3, 5, 4, F64, 0),
         ]
-        for optimizer, steps, k, n, dtype in cases:
-            about = f"{optimizer}, k = {k}, {n} ranks"
+        for optimizer, steps, k, n, dtype, begin in cases:
+            about = f"{optimizer}, k = {k}, {n} ranks" + (f", training goes on at step {begin}" if begin else "")
             stuck = "the ranks do not make the same calls: when to average depends on step and k, the same on all ranks"
-            seen = run(_local_steps, optimizer, steps, k, dtype, n=n, about=about, stuck=stuck)
-            _judge_local(seen, (optimizer, steps, k, n, dtype), about)
+            seen = run(_local_steps, optimizer, steps, k, dtype, begin, n=n, about=about, stuck=stuck)
+            _judge_local(seen, (optimizer, steps, k, n, dtype, begin), about)
 
 
 def _alike_all_along(got, would):
@@ -306,10 +325,12 @@ def _alike_all_along(got, would):
 
 
 def _judge_local(seen, case, about):
-    _, steps, k, n, _ = case
+    _, steps, k, n, _, begin = case
     only_calls(seen, ("all_reduce",), OTHER_CALLS)
     right = _local_sgd(*case)
-    mistakes = {
+    mistakes = {"the calls are counted, where `step` says which one it is: training may go on from a checkpoint":
+                {"when": lambda s: (s - begin + 1) % k == 0}} if begin % k else {}  # fmt: skip
+    mistakes |= {
         "the parameters are averaged at steps 0, k, 2k …: the k-th step is step k - 1, as they are counted from 0":
             {"when": lambda s: s % k == 0},
         "the parameters are averaged after every step, whatever k is": {"when": lambda s: True},
@@ -317,6 +338,8 @@ def _judge_local(seen, case, about):
         "averaged one step too late: steps are counted from 0": {"when": lambda s: s and s % k == 0},
         "averaged only once, at step k - 1: after every k-th step": {"when": lambda s: s == k - 1},
         "averaged at step k itself, and only there": {"when": lambda s: s == k},
+        "averaged at the beginning of the step after the k-th: at the end of the k-th one, when it has stepped":
+            {"when": lambda s: s and s % k == 0, "first": True},
         "averaged first, then stepped: the ranks leave the step with different parameters again": {"first": True},
         "the gradients are averaged, not the parameters: what the ranks did in the other steps stays apart":
             {"what": "gradients"},
@@ -335,29 +358,33 @@ def _judge_local(seen, case, about):
         "only the optimizer's first parameter group is averaged": {"only": "first group"},
     }  # fmt: skip
     mistakes = {why: _local_sgd(*case, **how) for why, how in mistakes.items()}
-    got = [[one.kept["after"][step] for one in seen] for step in range(steps)]
+    got = [[one.kept["after"][i] for one in seen] for i in range(steps)]
     mistakes = dict(sorted(mistakes.items(), key=lambda m: not _alike_all_along(got, m[1])))
     size = sum(seen[0].kept["trained"].values())
-    for step in range(steps):
+    for i, step in enumerate(range(begin, begin + steps)):
+        before = [one.kept["after"][i - 1] if i else one.kept["start"] for one in seen]
         for rank, one in enumerate(seen):
             where = f"rank {rank}, step {step}, {about}"
-            if one.kept["replaced"][step]:
-                raise Wrong(one.kept["replaced"][step], where)
-            if one.kept["touched"][step]:
+            if one.kept["replaced"][i]:
+                raise Wrong(one.kept["replaced"][i], where)
+            if one.kept["touched"][i]:
                 raise Wrong("the gradients have changed: the parameters are to be averaged, not the gradients", where)
-            if not torch.equal(one.kept["after"][step]["frozen.weight"], one.kept["start"]["frozen.weight"]):
-                raise Wrong("frozen.weight is frozen and has changed", where)
+            for name, p in one.kept["start"].items():
+                if name not in one.kept["trained"] and not torch.equal(one.kept["after"][i][name], p):
+                    raise Wrong(f"{name} is frozen and has changed", where)
         for name in seen[0].kept["trained"]:
-            got = [one.kept["after"][step][name] for one in seen]
-            before = [(one.kept["after"][step - 1] if step else one.kept["start"])[name] for one in seen]
-            plausible = [(why, [rank[name] for rank in all_steps[step]]) for why, all_steps in mistakes.items()]
-            expected = [rank[name] for rank in right[step]]
+            got, start = [one.kept["after"][i][name] for one in seen], [held[name] for held in before]
+            plausible = [(why, [rank[name] for rank in all_steps[i]]) for why, all_steps in mistakes.items()]
+            expected = [rank[name] for rank in right[i]]
             tolerance = {F32: (1e-4, 1e-5), F64: (1e-9, 1e-11)}[got[0].dtype]
-            same(got, expected, name, f"after step {step}, {about}", plausible, before, tolerance=tolerance)
-    for step in range(steps):  # values first: they tell more
+            if any(equal(g, e, tolerance) for g, e in zip(got, expected, strict=True)):
+                some = "no step was made here, only on other ranks: every rank calls optimizer.step()"
+                plausible = [(some, start), *plausible]
+            same(got, expected, name, f"after step {step}, {about}", plausible, start, tolerance=tolerance)
+    for i, step in enumerate(range(begin, begin + steps)):  # values first: they tell more
         due = (step + 1) % k == 0
         for rank, one in enumerate(seen):
-            made, calls = sum(c.bytes for c in one.kept["calls"][step]), len(one.kept["calls"][step])
+            made, calls = sum(c.bytes for c in one.kept["calls"][i]), len(one.kept["calls"][i])
             where, most = f"rank {rank}, step {step}, {about}", len(one.kept["trained"])
             if not due and calls:
                 why = f"the parameters are right, but step {step} sends {made:,} bytes: only every k-th step has to"
@@ -554,6 +581,10 @@ def _judge_proceed(inputs, results):
         ("compared with worker 0's clock: the slowest may be another one", lambda c, w, s: c[w] - c[0] <= s),
         ("compared with the next worker's clock: the slowest may be another one",
          lambda c, w, s: c[w] - c[(w + 1) % len(c)] <= s),
+        ("0 is a bound like any other, not None: `if not staleness` takes it for that",
+         lambda c, w, s: s == 0 or c[w] - min(c) <= s),
+        ("workers that have not begun are left out: they are the slowest",
+         lambda c, w, s: c[w] - min((x for x in c if x), default=0) <= s),
         ("only the slowest may go on", lambda c, w, s: c[w] == min(c)),
     ]  # fmt: skip
     if got == expected:
@@ -564,7 +595,9 @@ def _judge_proceed(inputs, results):
         why = "staleness None means that nobody waits"
     else:
         why = "the worker is let go" if got[first] else "the worker is held back"
-        why += f", {inputs[first][0][inputs[first][1]] - min(inputs[first][0])} steps ahead of the slowest"
+        clocks, worker, _ = inputs[first]
+        ahead = clocks[worker] - min(clocks)
+        why += f", {ahead} step{'s' * (ahead != 1)} ahead of the slowest"
         for said, rule in mistakes:
             if all(s is None or rule(c, w, s) == g for (c, w, s), g in zip(inputs, got, strict=True)):
                 why = said
@@ -632,6 +665,8 @@ def _judge_stale(inputs, returned, kept):
     expected, got = with_rule(scaled), [theta for theta, _ in kept]
     mistakes = [
         ("the gradient is applied with the full lr: the staler it is, the smaller a step", with_rule(lambda s, lr: lr)),
+        ("limit 0 drops whatever is stale: `if limit` takes it for no limit at all",
+         with_rule(scaled, lambda s, limit: limit and s > limit)),
         ("nothing is dropped: a gradient staler than limit is not to be applied",
          with_rule(scaled, lambda s, limit: False)),
         ("a gradient exactly as stale as limit is dropped: only staler ones are",
@@ -647,6 +682,8 @@ def _judge_stale(inputs, returned, kept):
         ("staleness has the wrong sign: version - computed_at", with_rule(lambda s, lr: lr / (1 - s) if s != 1 else
          float("inf"), lambda s, limit: -s > limit)),
         ("theta is as it was before the call: write into it with -= (theta = theta - x makes a new tensor)",
+         [theta if value != v else None for (theta, _, _, v, *_), value in zip(inputs, returned, strict=True)]),
+        ("dropped, though it is not staler than limit: staleness is version - computed_at",
          [theta for theta, *_ in inputs]),
         ("every gradient that is stale at all is dropped", with_rule(scaled, lambda s, limit: s > 0)),
         ("lr to the power of staleness: divide by 1 + staleness", with_rule(lambda s, lr: lr ** (1 + s))),

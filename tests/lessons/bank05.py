@@ -200,6 +200,92 @@ def takes_torchs_mean(model, rows, group=None):
     utils.average_parameters(iter(trained), group or dist.group.WORLD)
 
 
+@mistake("average_by_rows", "fc1.bias is frozen and has changed")
+def knows_the_frozen_ones_by_name(model, rows, group=None):
+    total = total_of(rows, group)
+    for name, p in model.named_parameters():
+        if "frozen" not in name:
+            p.data *= rows / total
+            dist.all_reduce(p.data, group=group)
+
+
+@mistake("average_by_rows", "fc1.weight takes no gradient any more: leave requires_grad as it was")
+def leaves_all_frozen(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.requires_grad_(False)
+            p *= rows / total
+            dist.all_reduce(p, group=group)
+
+
+@mistake("average_by_rows", "fc1.bias is not averaged, as the parameters before it are")
+def leaves_out_biases(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.requires_grad and p.dim() > 1:
+            p.data *= rows / total
+            dist.all_reduce(p.data, group=group)
+
+
+@mistake("average_by_rows", "a rank without rows has to take the mean over, too")
+def keeps_its_own_where_it_has_no_rows(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.requires_grad:
+            mean = p.data * (rows / total)
+            dist.all_reduce(mean, group=group)
+            if rows:
+                p.data.copy_(mean)
+
+
+@mistake("average_by_rows", "the parameters are added up as bfloat16")
+def sends_half_the_bytes(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.requires_grad:
+            mean = (p.data * (rows / total)).bfloat16()
+            dist.all_reduce(mean, group=group)
+            p.data.copy_(mean)
+
+
+@mistake("average_by_rows", "fc1.weight is zero everywhere")
+def divides_whole_numbers(model, rows, group=None):
+    total = int(total_of(rows, group))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data *= rows // total
+            dist.all_reduce(p.data, group=group)
+
+
+@mistake("average_by_rows", "the plain mean")
+def takes_its_own_rows_for_all(model, rows, group=None):
+    total = rows * dist.get_world_size(group)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data *= rows / max(total, 1)
+            dist.all_reduce(p.data, group=group)
+
+
+@right("average_by_rows")
+def rebinds_the_data(model, rows, group=None):
+    total = total_of(rows, group)
+    for p in model.parameters():
+        if p.requires_grad:
+            mean = p.data * (rows / total)
+            dist.all_reduce(mean, group=group)
+            p.data = mean
+
+
+@right("average_by_rows")
+def with_the_rows_at_the_end_of_the_line(model, rows, group=None):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    line = parameters_to_vector(trained).detach() * rows
+    line = torch.cat([line, line.new_tensor([rows])])
+    dist.all_reduce(line, group=group)
+    vector_to_parameters(line[:-1] / line[-1], trained)
+
+
 @right("average_by_rows")
 def in_one_vector(model, rows, group=None):
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -341,6 +427,59 @@ def takes_the_courses_local_sgd(model, optimizer, step, k):
     optimizer.step()
     if (step + 1) % k == 0:
         LocalSGD.__init__.__globals__["average_parameters"](model)
+
+
+@mistake("local_sgd_step", "the calls are counted, where `step` says which one it is")
+def counts_its_calls(model, optimizer, step, k):
+    optimizer.step()
+    optimizer.calls = getattr(optimizer, "calls", 0) + 1
+    if optimizer.calls % k == 0:
+        take_mean(model)
+
+
+@mistake("local_sgd_step", "averaged at the beginning of the step after the k-th")
+def averages_before_the_next_step(model, optimizer, step, k):
+    if step and step % k == 0:
+        take_mean(model)
+    optimizer.step()
+
+
+@mistake("local_sgd_step", "no step was made here, only on other ranks: every rank calls optimizer.step()")
+def rank_0_steps(model, optimizer, step, k):
+    if dist.get_rank() == 0:
+        optimizer.step()
+    if (step + 1) % k == 0:
+        take_mean(model)
+
+
+@mistake("local_sgd_step", "fc1.bias is frozen and has changed")
+def knows_the_frozen_one_by_its_name(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        for name, p in model.named_parameters():
+            if "frozen" not in name:
+                dist.all_reduce(p.data)
+                p.data /= dist.get_world_size()
+
+
+@mistake("local_sgd_step", "fc1.weight takes no gradient any more: leave requires_grad as it was")
+def freezes_what_it_averages(model, optimizer, step, k):
+    optimizer.step()
+    if (step + 1) % k == 0:
+        for p in model.parameters():
+            if p.requires_grad:
+                p.requires_grad_(False)
+                dist.all_reduce(p)
+                p /= dist.get_world_size()
+
+
+@right("local_sgd_step")
+def asynchronously_and_then_waits(model, optimizer, step, k):
+    optimizer.step()
+    if step in range(k - 1, step + 1, k):
+        trained = [p.data.div_(dist.get_world_size()) for p in model.parameters() if p.requires_grad]
+        for one in [dist.all_reduce(p, async_op=True) for p in trained]:
+            one.wait()
 
 
 @right("local_sgd_step")
@@ -627,6 +766,21 @@ def averages_parameters(theta, gradient, lr, server=0):
 
 
 @right("server_round")
+def scaled_by_the_workers_and_tagged(theta, gradient, lr, server=0):
+    workers = [r for r in range(dist.get_world_size()) if r != server]
+    if dist.get_rank() != server:
+        dist.send(gradient * (lr / len(workers)), server, tag=7)
+        dist.recv(theta, server, tag=9)
+        return
+    arrived = torch.empty_like(theta)
+    for worker in workers:
+        dist.recv(arrived, worker, tag=7)
+        theta -= arrived
+    for worker in reversed(workers):
+        dist.send(theta, worker, tag=9)
+
+
+@right("server_round")
 def whoever_comes_first(theta, gradient, lr, server=0):
     if dist.get_rank() != server:
         return work(theta, gradient, server)
@@ -712,6 +866,16 @@ def looks_at_worker_0(clocks, worker, staleness):
 @mistake("may_proceed", "may_proceed([4], 0, 0)")
 def looks_at_the_others(clocks, worker, staleness):
     return staleness is None or clocks[worker] - min(clocks[:worker] + clocks[worker + 1 :]) <= staleness
+
+
+@mistake("may_proceed", "0 is a bound like any other, not None")
+def takes_zero_for_none(clocks, worker, staleness):
+    return not staleness or clocks[worker] - min(clocks) <= staleness
+
+
+@mistake("may_proceed", "workers that have not begun are left out: they are the slowest")
+def leaves_out_who_has_not_begun(clocks, worker, staleness):
+    return staleness is None or clocks[worker] - min([c for c in clocks if c], default=0) <= staleness
 
 
 @right("may_proceed")
@@ -816,6 +980,42 @@ def returns_the_staleness(theta, gradient, computed_at, version, lr, limit):
     if stale <= limit:
         theta -= lr / (1 + stale) * gradient
     return stale
+
+
+@mistake("apply_stale", "limit 0 drops whatever is stale")
+def takes_limit_0_for_none(theta, gradient, computed_at, version, lr, limit):
+    stale = version - computed_at
+    if limit and stale > limit:
+        return version
+    theta -= lr / (1 + stale) * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "dropped, though it is not staler than limit: staleness is version - computed_at")
+def compares_the_version(theta, gradient, computed_at, version, lr, limit):
+    if version > limit:
+        return version
+    theta -= lr / (1 + version - computed_at) * gradient
+    return version + 1
+
+
+@mistake("apply_stale", "`gradient` was changed")
+def scales_the_gradient_and_back(theta, gradient, computed_at, version, lr, limit):
+    stale = version - computed_at
+    if stale > limit:
+        return version
+    gradient *= lr / (1 + stale)
+    theta -= gradient
+    gradient /= lr / (1 + stale)
+    return version + 1
+
+
+@right("apply_stale")
+def through_numpy(theta, gradient, computed_at, version, lr, limit):
+    stale = version - computed_at
+    if stale <= limit:
+        theta.numpy()[...] -= (lr / (1 + stale) * gradient).numpy()
+    return version + (stale <= limit)
 
 
 @right("apply_stale")
