@@ -77,7 +77,7 @@ class DataParallel(nn.Module):
     see `weight` and `join`. After backward all ranks hold the same gradients, so torch's clip_grad_norm_ clips by the
     global norm without sending anything. Gradients taken with torch.autograd.grad are not averaged, and hooks of
     parameters see this rank's own. A backward has to reach at least one parameter on every rank; after one that
-    raised, on all ranks, zero_grad() to None and go on. A deep copy averages its own gradients.
+    raised, on all ranks, zero_grad() to None and go on. A deep copy (where group is None) averages its own gradients.
 
     Raises ValueError: ranks' models of different shapes, nothing to train, a bucket of size 0, a module that is
     wrapped already, Embedding(max_norm=…); in a forward to be trained, for a batch (the first tensor) without rows.
