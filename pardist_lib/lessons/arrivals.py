@@ -10,7 +10,7 @@ def arrival_order(seconds, steps, staleness=None, workers=None):
     """
     workers = list(range(1, len(seconds) + 1)) if workers is None else list(workers)
     done, order = dict.fromkeys(workers, 0), []
-    ready = dict(zip(workers, seconds, strict=True))  # when each one's next push arrives
+    ready = dict(zip(workers, seconds, strict=True)) if steps else {}  # when each one's next push arrives
     waiting = []
     while ready:
         worker = min(ready, key=lambda w: (ready[w], w))

@@ -233,6 +233,13 @@ def test_a_scripted_order_equals_one_process_with_old_versions(ranks_of, optimiz
     same(got, want)
 
 
+def test_the_order_of_arrivals():
+    assert arrival_order([1, 2.5], 3) == [1, 1, 2, 1, 2, 2]
+    assert arrival_order([1, 2.5], 3, staleness=0) == [1, 2] * 3
+    assert arrival_order([1, 1], 2, workers=[0, 3]) == [0, 3, 0, 3]
+    assert arrival_order([1, 2.5], 0) == []
+
+
 def test_free_running_applies_every_push_and_bounded_staleness_holds(ranks_of):
     def free(staleness, slow=0.004):
         rank, net = dist.get_rank(), Net(0)
