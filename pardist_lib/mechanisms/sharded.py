@@ -194,10 +194,10 @@ class ShardedDataParallel(nn.Module):
             )
         self._at_the_end()
         unit.awaited = False
-        for done in self._done:  # what ran after this unit in forward has nothing left to compute
-            if done is not unit:
+        for done in self._done:  # what ran after this unit in forward, and not around it, has nothing left to compute
+            if unit.module not in done.parts:
                 done.free()
-        self._done = []
+        self._done = [done for done in self._done if unit.module in done.parts]
         self._ready(unit)
         unit.show(WHOLE)  # a part of it may be checkpointed, and run once more
         if self.prefetch and (before := next_unit(self._order[::-1], unit)) and before.awaited:

@@ -35,7 +35,7 @@ class Unit:
     """A module whose own parameters are gathered and freed as one: a line for each dtype, device, frozen or not."""
 
     def __init__(self, module, lines, places):
-        self.module, self.lines, self.places = module, lines, places
+        self.module, self.lines, self.places, self.parts = module, lines, places, set(module.modules())
         self.trains = any(line.trainable for line in lines)
         self.gathered, self.coming, self.awaited = True, [], False
         self.kept = False  # its memory is used until the end of backward, by whom is not known

@@ -117,6 +117,21 @@ class RecalledPart(nn.Module):
         return self.plain(x) + torch.tanh(checkpoint(self.recalled, x, use_reentrant=self.reentrant))
 
 
+class RecalledTwice(nn.Module):
+    """Parts that share a weight, each of them checkpointed: its gradient comes in two parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.parts[2].weight = self.parts[0].weight
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        for part in self.parts:
+            x = torch.tanh(checkpoint(part, x, use_reentrant=True))
+        return x
+
+
 class Stops(nn.Module):
     """Needs its parameter in backward once more, after that has its gradient."""
 
@@ -199,6 +214,7 @@ CASES = {
     "keeps, and evaluations": (AsksKeeper, with_evaluations_between),
     "checkpoints inside": (lambda: Recalled(False), plainly),
     "reentrant checkpoints inside": (lambda: Recalled(True), plainly),
+    "reentrant checkpoints of what is tied": (RecalledTwice, plainly),
     "checkpoint around": (lambda: Between(Scaled()), recalled),
     "detached": (lambda: Between(Stops()), plainly),
     "lists": (Lists, plainly),
