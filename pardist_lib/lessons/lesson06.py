@@ -186,6 +186,9 @@ class average_in_hooks:
                         f"{one.kept['early']} calls are made before there is any gradient: average in the hooks only",
                         f"rank {rank}, {about}",
                     )
+                if one.kept["made"]:
+                    why = f"{one.kept['made'][0]} has a gradient before any backward: what no rank uses would keep it"
+                    raise Wrong(why, f"rank {rank}, {about}")
                 if not one.kept["within"]:
                     raise Wrong(
                         "the means are made after backward, not in it: each gradient's hook makes its own",
@@ -220,6 +223,7 @@ def _hooked(answer, dtype, same_weights, in_pairs, second, placed=False, zero_on
         sequence = _sequence()
         answer(model, **_group(in_pairs))
         kept["early"] = _sequence() - sequence
+        kept["made"] = [name for name, p in model.named_parameters() if p.grad is not None]
         model.fc1.weight.register_hook(first_layer)
         for backward in range(1 + second):
             model.zero_grad()
@@ -392,7 +396,11 @@ def _accumulated(answer, k, dtype, in_pairs):
     moved = [g is not None and bool(g.any()) and not torch.equal(g, old) for g in before]
     trainable = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
     seen.kept = {"after": _gradients(model), "given": given, "moved": moved, "trainable": trainable, "alive": alive}
-    seen.kept |= {"touched": changed, "batches": same_rows and [i for _, i in batches] == list(range(k))}
+    seen.kept |= {
+        "touched": changed,
+        "training": model.training,
+        "batches": same_rows and [i for _, i in batches] == list(range(k)),
+    }
     return seen
 
 
@@ -468,6 +476,10 @@ def _judge_accumulated(mine, members, k, dtype, seen, about):
         if one.kept["touched"]:
             raise Wrong(f"the weights have changed ({one.kept['touched'][0]} is the first): only gradients are to "
                         "change, steps are the optimizer's", where)  # fmt: skip
+        if not one.kept["training"]:
+            raise Wrong(
+                "the result is right, but eval() was called: dropout and BatchNorm would do something else", where
+            )
         if not one.kept["batches"]:
             raise Wrong("the result is right, but `batches` was changed: others may use them too", where)
     _judge_traffic(members, mine, means, about, False)
@@ -639,29 +651,38 @@ class weighted_gradients:
     @staticmethod
     def check(run):
         cases = [([5, 3, 2, 1], F64, False), ([3, 3, 3, 3], F32, False), ([4, 0, 1, 3], F64, False),
-                 ([6, 1, 2], F64, False), ([2, 5, 4, 2], F64, True), ([2500, 3, 0, 2], F64, False)]  # fmt: skip
-        for sizes, dtype, in_pairs in cases:
+                 ([6, 1, 2], F64, False), ([2, 5, 4, 2], F64, True), ([2500, 3, 0, 2], F64, False),
+                 ([1, 4, 2, 3], F64, False, "the second call, after one with a row each")]  # fmt: skip
+        for sizes, dtype, in_pairs, *second in cases:
             n, stuck = len(sizes), "the ranks do not make the same calls, in the same order"
             stuck += ": a rank without rows has to take part, too" if 0 in sizes else ""
             about = f"{', '.join(map(str, sizes))} rows on " + ("two groups of 2 ranks" if in_pairs else f"{n} ranks")
-            seen = run(_weighed, sizes, dtype, in_pairs, n=n, about=about, stuck=stuck)
+            about = ", ".join([about, *second])
+            seen = run(_weighed, sizes, dtype, in_pairs, bool(second), n=n, about=about, stuck=stuck)
             try:
                 for members in PAIRS if in_pairs else [list(range(n))]:
                     _judge_weighed(seen, members, sizes, about)
             except Wrong as wrong:
                 if max(sizes) > 2048 and ("16 bits" in wrong.diagnosis or "times as large" in wrong.diagnosis):
                     wrong.diagnosis = f"the number of rows does not survive the type it travels in: {wrong.diagnosis}"
+                elif second:
+                    wrong.diagnosis = f"it works once; is something kept from the first call? {wrong.diagnosis}"
                 raise
 
 
-def _weighed(answer, sizes, dtype, in_pairs):
-    rank, model = dist.get_rank(), Sample(4, dtype)
+def _weighed(answer, sizes, dtype, in_pairs, second):
+    rank, model, earlier = dist.get_rank(), Sample(4, dtype), Sample(4, dtype)
+    if second:
+        _loss(earlier, _rows(19, rank, dtype)[:1]).backward()
+        answer(earlier, 1, **_group(in_pairs))
     rows = torch.cat([_rows(20 + i, rank, dtype) for i in range(3)]).repeat(1 + sizes[rank] // 9, 1)[: sizes[rank]]
     _loss(model, rows).backward()
     before, weights = _gradients(model), {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     seen = watched(answer, model, sizes[rank], **_group(in_pairs))
     touched = [name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]
-    seen.kept = {"before": before, "after": _gradients(model), "touched": touched}
+    turned = [name for name, p in model.named_parameters() if p.requires_grad != (name in trainable)]
+    seen.kept = {"before": before, "after": _gradients(model), "touched": touched, "turned": turned}
     return seen
 
 
@@ -676,6 +697,9 @@ def _judge_weighed(seen, members, sizes, about):
     for rank, one in zip(members, mine, strict=True):
         if one.kept["touched"]:
             raise Wrong(f"the weights have changed ({one.kept['touched'][0]} is the first)", f"rank {rank}, {about}")
+        if one.kept["turned"]:
+            why = f"it changed requires_grad ({one.kept['turned'][0]} is the first): only the gradients are to change"
+            raise Wrong(why, f"rank {rank}, {about}")
     size = total_rows = 0
     for name in mine[0].kept["before"]:
         own, after = ([one.kept[when][name] for one in mine] for when in ("before", "after"))

@@ -395,6 +395,18 @@ def hooks_with_futures(model, group=None):
     each_hooked(model, average)
 
 
+@mistake("average_in_hooks", "has a gradient before any backward")
+def begins_with_zeros(model, group=None):
+    def average(p):
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    each_hooked(model, average)
+
+
 # ---- reduce_buckets -------------------------------------------------------------------------------------------
 
 
@@ -823,6 +835,12 @@ def hooks_for_the_last(model, batches, loss_of, group=None):
         handle.remove()
 
 
+@mistake("accumulate_gradients", "the result is right, but eval() was called")
+def accumulates_in_eval(model, batches, loss_of, group=None):
+    accumulated(model.eval(), batches, loss_of)
+    all_reduced(model, group, dist.get_world_size(group))
+
+
 # ---- sample_indices -------------------------------------------------------------------------------------------
 
 
@@ -1195,6 +1213,23 @@ def counts_while_gradients_travel(model, rows, group=None):
     for g, work in zip(gradients, works, strict=True):
         work.wait()
         g /= total
+
+
+@mistake("weighted_gradients", "it works once; is something kept from the first call?")
+def counts_only_once(model, rows, group=None, known=[]):  # noqa: B006
+    known += [] if known else [total_of(rows, group)]
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= rows / known[0]
+            dist.all_reduce(p.grad, group=group)
+
+
+@mistake("weighted_gradients", "it changed requires_grad (unused.weight is the first)")
+def freezes_what_is_unused(model, rows, group=None):
+    for p in model.parameters():
+        if p.grad is None:
+            p.requires_grad_(False)
+    weighted(model, rows, group)
 
 
 # ---- top_k_step -----------------------------------------------------------------------------------------------
