@@ -33,7 +33,7 @@ def average_parameters(module, weights=None, group=None, optimizer=None):
                call; or a list with every rank's, the same on all. None: all count alike. They need not add up to 1.
                Of a rank that weighs 0 nothing is taken, whatever its parameters are: NaN, too.
     optimizer  its state is averaged too, with the same weights: whatever has its parameter's shape (momentum, Adam's
-               two means); the step counts stay.
+               two means); the step counts stay, and so do Adafactor's means over rows and columns.
 
     Called once after training it is one-shot averaging. Gives to all_reduce S bytes, those of the state besides, and
     8 where each rank knows its own weight only; 16 more with an optimizer, to see that all have the same state.

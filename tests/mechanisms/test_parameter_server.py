@@ -264,6 +264,29 @@ def test_free_running_applies_every_push_and_bounded_staleness_holds(ranks_of):
                 clock[a.worker] += 1
 
 
+def test_staleness_is_what_the_workers_saw(ranks_of):
+    """Each step adds 1 to the weight: it is the version, and each worker reads off which one it computes from."""
+
+    def counting():
+        rank, net, saw = dist.get_rank(), nn.Linear(1, 1, bias=False), []
+        nn.init.zeros_(net.weight)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        with ParameterServer(net, optimizer, synchronous=False, staleness=2) as ps:
+            if ps.serving:
+                return ps.serve()
+            for _ in range(10):
+                saw.append(int(net.weight))
+                net.weight.grad = -torch.ones(1, 1)
+                time.sleep(0.002 if rank == 3 else 0)
+                ps.step()
+        return saw
+
+    log, *saw = ranks_of(4).run(counting, quiet=True)
+    for worker in (1, 2, 3):
+        assert [a.computed_at for a in log if a.worker == worker] == saw[worker - 1]
+    assert any(a.staleness for a in log)
+
+
 def test_after_step_is_called_with_each_version(ranks_of):
     def scheduled():
         rank, net = dist.get_rank(), Net(0)
@@ -339,7 +362,7 @@ import torch.distributed.nn  # lets a group end before Python does
 from pardist_lib.mechanisms.parameter_server import ParameterServer, _header
 rank, store, out, when = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", store=dist.FileStore(store, 3), rank=rank, world_size=3)
-net = torch.nn.Linear(2, 2) if when == "between" else torch.nn.Linear(4000, 3000)
+net = torch.nn.Linear(2, 2) if when == "between" else torch.nn.Linear(2000, 2000)
 ps = ParameterServer(net, torch.optim.SGD(net.parameters(), lr=0.1), synchronous=False, staleness=1)
 if ps.serving:
     ps.serve()
@@ -367,7 +390,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("when", ["between", "pushing", "pulling"])
 def test_a_worker_that_dies_does_not_stop_the_asynchronous_server(tmp_path, when):
     """Three real processes; the others may not wait for the dead one either, though they are bound to it. It dies
-    between two steps, or in the middle of a message of 48 MB."""
+    between two steps, or in the middle of a message of 16 MB."""
     script, out = tmp_path / "dying.py", tmp_path / "out.json"
     script.write_text(textwrap.dedent(DYING))
     command = [sys.executable, str(script)]
