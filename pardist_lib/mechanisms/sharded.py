@@ -210,6 +210,11 @@ class ShardedDataParallel(nn.Module):
 
     @torch.no_grad()
     def _has_gradient(self, unit, line, i):
+        if self.stage == 3 and not unit.kept and (unit.coming or not unit.gathered):
+            raise RuntimeError(
+                f"backward used {line.names[i]} before it was gathered: {type(unit.module).__name__} returned a tensor "
+                "where none is looked for. Return tensors in tuples, lists, dicts, or attributes of an object"
+            )
         self._at_the_end()
         line.take(i)
         if not self._used.every_step and all(len(n.taken) == len(n.whole) for n in unit.lines if n.trainable):

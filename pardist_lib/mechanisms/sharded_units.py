@@ -128,6 +128,8 @@ def tensors_in(output, seen=None):
     for leaf in tree_leaves(output):
         if isinstance(leaf, torch.Tensor):
             yield leaf
+        elif isinstance(leaf, (dict, list, tuple, set, frozenset)):  # a subclass, or one that pytrees do not know
+            yield from tensors_in(list(leaf.values() if isinstance(leaf, dict) else leaf), seen)
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
             seen.add(id(leaf))
             yield from tensors_in(dict(vars(leaf)), seen)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from refusals import refused
 from sharded_cases import OPTIMIZERS, Model, close, loss_of, rows_of, storages
 from torch import nn
-from unusual_modules import CASES, Between, Scaled, filled
+from unusual_modules import CASES, Between, Scaled, Slotted, TakesObject, filled
 
 from pardist_lib import RankError
 from pardist_lib.lessons.watch import group_of, in_world
@@ -670,6 +670,9 @@ def wrong(how):
         return ShardedDataParallel(whole := nn.Sequential(nn.ModuleList([linear])), units=[whole[0]])
     if how == "not a member":
         return ShardedDataParallel(linear, 3, group_of([0, 1])).stage
+    if how == "hidden":
+        model = ShardedDataParallel(TakesObject(Slotted))
+        return model(torch.ones(2, 6)).sum().backward()
     model = ShardedDataParallel(nn.Sequential(linear, nn.Linear(3, 3)))
     piece = next(model.parameters())
     if how == "reaches":
@@ -716,6 +719,7 @@ def wrong(how):
         ("units", "units are submodules of the module, or their class; Linear is not in it"),
         ("never called", "ModuleList never is: name its parts"),
         ("not a member", r"rank [23] is not in this group"),
+        ("hidden", "before it was gathered: Returns returned a tensor where none is looked for"),
         ("reaches", "used in a forward without calling the unit.*units="),
         ("copied", "a wrapped model cannot be copied or pickled"),
         ("hooked", "0.weight has a hook of register_hook, which a shard never calls"),

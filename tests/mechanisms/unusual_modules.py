@@ -77,17 +77,28 @@ class Result:
 class Returns(nn.Module):
     """Returns a tensor that nobody uses, and an object with the one that is used."""
 
-    def __init__(self):
+    def __init__(self, kind):
         super().__init__()
-        self.a, self.b = Scaled(), Scaled()
+        self.a, self.b, self.kind = Scaled(), Scaled(), kind
 
     def forward(self, x):
-        return self.a(x), Result(self.b(x))
+        return self.a(x), self.kind(value=self.b(x))
+
+
+class Named(dict):
+    value = property(lambda self: self["value"])
+
+
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
 
 
 class TakesObject(Between):
-    def __init__(self):
-        super().__init__(Returns())
+    def __init__(self, kind):
+        super().__init__(Returns(kind))
 
     def forward(self, x):
         return self.after(torch.tanh(self.part(torch.tanh(self.before(x)))[1].value))
@@ -207,7 +218,8 @@ def part_by_part(model, x):
 
 
 CASES = {
-    "object": (TakesObject, plainly),
+    "object": (lambda: TakesObject(Result), plainly),
+    "a dict of its own": (lambda: TakesObject(Named), plainly),
     "lends": (Borrower, plainly),
     "lends, and evaluations": (Borrower, with_evaluations_between),
     "keeps": (AsksKeeper, plainly),
