@@ -670,6 +670,7 @@ def _judge_stale(inputs, returned, kept):
         return lr / (1 + stale)
 
     expected, got = with_rule(scaled), [theta for theta, _ in kept]
+    said_so = [type(value) is int and value == v for value, (_, _, _, v, *_) in zip(returned, inputs, strict=True)]
     mistakes = [
         ("the gradient is applied with the full lr: the staler it is, the smaller a step", with_rule(lambda s, lr: lr)),
         ("limit 0 drops whatever is stale: `if limit` takes it for no limit at all",
@@ -689,7 +690,7 @@ def _judge_stale(inputs, returned, kept):
         ("staleness has the wrong sign: version - computed_at", with_rule(lambda s, lr: lr / (1 - s) if s != 1 else
          float("inf"), lambda s, limit: -s > limit)),
         ("theta is as it was before the call: write into it with -= (theta = theta - x makes a new tensor)",
-         [theta if value != v else None for (theta, _, _, v, *_), value in zip(inputs, returned, strict=True)]),
+         [None if dropped else theta for (theta, *_), dropped in zip(inputs, said_so, strict=True)]),
         ("dropped, though it is not staler than limit: staleness is version - computed_at",
          [theta for theta, *_ in inputs]),
         ("every gradient that is stale at all is dropped", with_rule(scaled, lambda s, limit: s > 0)),

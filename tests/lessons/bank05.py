@@ -992,6 +992,14 @@ def returns_the_staleness(theta, gradient, computed_at, version, lr, limit):
     return stale
 
 
+@mistake("apply_stale", "the version that theta has now is asked for")
+def returns_theta(theta, gradient, computed_at, version, lr, limit):
+    stale = version - computed_at
+    if stale <= limit:
+        theta -= lr / (1 + stale) * gradient
+    return theta
+
+
 @mistake("apply_stale", "limit 0 drops whatever is stale")
 def takes_limit_0_for_none(theta, gradient, computed_at, version, lr, limit):
     stale = version - computed_at
