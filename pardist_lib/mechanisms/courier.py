@@ -29,15 +29,15 @@ def by_ring(line, sizes, group):
     return len(sizes) == 1 or dist.get_backend(group) != "nccl" and long_or_uneven
 
 
-def reduce_scatter_line(line, sizes, group=None, async_op=False):
+def reduce_scatter_line(line, sizes, out=None, group=None, async_op=False):
     """(this rank's shard of the mean of all ranks' lines, what to wait for or None).
 
     Sends S minus its own shard, (n − 1)/n·S where n divides.
     """
     mean = dist.ReduceOp.AVG
     if by_ring(line, sizes, group):
-        return ring_reduce_scatter(line, mean, group=group), None
-    out = line.new_empty(sizes[dist.get_rank(group)])
+        return ring_reduce_scatter(line, mean, out, group), None
+    out = line.new_empty(sizes[dist.get_rank(group)]) if out is None else out
     if len(set(sizes)) == 1:
         return out, reduce_scatter_single(out, line, mean, group, async_op)
     return out, dist.reduce_scatter(out, list(line.split(sizes)), mean, group, async_op)
@@ -96,8 +96,8 @@ class Courier:
     def all_gather(self, line, shard, sizes):
         return self._send(all_gather_line, line, sizes, line, shard, sizes)
 
-    def reduce_scatter(self, line, sizes):
-        return self._send(reduce_scatter_line, line, sizes, line, sizes)
+    def reduce_scatter(self, line, sizes, out=None):
+        return self._send(reduce_scatter_line, line, sizes, line, sizes, out)
 
     def _send(self, function, line, sizes, *args):
         if self.thread and by_ring(line, sizes, self.group):

@@ -86,8 +86,14 @@ class FlatShards:
     # ---- gradients --------------------------------------------------------------------------------------------
 
     def take(self, i):
-        """Copy the gradient of parameter i to its place on the gradient's line; the parameter's own is let go."""
-        self.put(i)
+        """Copy the gradient of parameter i to its place on the gradient's line; the parameter's own is let go. One
+        that is the whole line becomes the line, uncopied."""
+        gradient = self.whole[i].grad
+        if len(self.whole) == 1 and self.gradient is None and gradient.layout == torch.strided:
+            self.gradient = gradient.detach().flatten()
+            self.taken.add(i)
+        else:
+            self.put(i)
         self.whole[i].grad = None
 
     def put(self, i):

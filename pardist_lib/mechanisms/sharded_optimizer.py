@@ -96,7 +96,7 @@ class ShardedOptimizer(Optimizer):
         lines = [FlatShards(*zip(*bucket, strict=True), self.group) for bucket in buckets]
         self.lines += lines
         for line in lines:
-            line.sent, line.version = None, None
+            line.sent, line.version, line.mean = None, None, None
             for i, p in enumerate(line.whole):
                 call_when_accumulated(p, self._arrived, line, i)
         self.used = UsedParameters(
@@ -171,8 +171,12 @@ class ShardedOptimizer(Optimizer):
         return all(p.grad is not None and self._lies(line, i) for i, p in enumerate(line.whole))
 
     def _start(self, line):
+        if line.sent is not None:
+            line.sent.result()  # it left before its gradients changed
         line.version, line.taken = line.gradient._version, set()
-        line.sent = self.courier.reduce_scatter(line.gradient, line.sizes)
+        if line.mean is None:  # kept from step to step: new memory would cost more than it takes to fill it
+            line.mean = line.shard.new_empty(len(line.shard))
+        line.sent = self.courier.reduce_scatter(line.gradient, line.sizes, line.mean)
 
     @torch.no_grad()
     def reduce(self):
