@@ -16,6 +16,7 @@ import os
 import struct
 import sys
 import sysconfig
+import threading
 import zlib
 
 SLOTS, SLOT = 64, 512  # the last calls of a rank, bytes for each
@@ -51,7 +52,7 @@ class Ledger:
     """One page for each of `n` ranks, in a file that the notebook and all ranks map."""
 
     def __init__(self, path, n, create=False):
-        self.n = n
+        self.n, self.writing = n, threading.Lock()
         with open(path, "w+b" if create else "r+b") as file:
             if create:
                 # not truncate: on a full disk this is an error, but a hole in a mapped file is a crash
@@ -63,7 +64,11 @@ class Ledger:
         self.memory[:] = bytes(self.n * PAGE)
 
     def write(self, rank, channel, call, place):
-        """Note a call on `rank`'s page; returns its number in the channel (from 1)."""
+        """Note a call on `rank`'s page; returns its number in the channel (from 1). Threads may call it at once."""
+        with self.writing:
+            return self._write(rank, channel, call, place)
+
+    def _write(self, rank, channel, call, place):
         base = rank * PAGE
         where, number = self._find(rank, channel)
         if where is None:  # more groups and pairs than there are counters: this one goes unnoted
