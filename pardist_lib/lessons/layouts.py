@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pardist_lib.measure.costs import Transformer, check, micro_batches
-from pardist_lib.mechanisms.collectives import ring_all_gather, ring_reduce_scatter
+from pardist_lib.mechanisms.collectives import direct_all_gather, direct_reduce_scatter
 from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.mechanisms.sharded import ShardedDataParallel, ShardedOptimizer
 from pardist_lib.mechanisms.tensor_parallel import parallelize
@@ -183,15 +183,15 @@ def seconds_of(model, plan, batch, repeats=7):
 
 
 def _reduce_scatter(tensor, group):
-    ring_reduce_scatter(tensor, group=group)
+    direct_reduce_scatter(tensor, group=group)
 
 
 def _all_gather(tensor, group):
     whole = torch.empty_like(tensor)
-    ring_all_gather(tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)], out=whole, group=group)
+    direct_all_gather(tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)], out=whole, group=group)
 
 
-OPERATIONS = {"reduce_scatter": _reduce_scatter, "all_gather": _all_gather}  # what the course's mechanisms send with
+OPERATIONS = {"reduce_scatter": _reduce_scatter, "all_gather": _all_gather}  # what ZeRO's stages send with, long lines
 
 
 def memory_of(model, plan, batch):

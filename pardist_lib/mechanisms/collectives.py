@@ -1,8 +1,9 @@
 """Collectives from send and receive: what `torch.distributed` and NCCL do, in Python, one function each.
 
-Here are all-reduce, reduce-scatter and all-gather other than by a ring. The ring is in ring_collectives.py, those with
-a root (broadcast, reduce, gather, scatter) are in rooted_collectives.py, all-to-all is in all_to_all.py, and those that
-know their own backward are in autograd_collectives.py: all can be imported from here too.
+Here are all-reduce, reduce-scatter and all-gather other than by a ring. The ring is in ring_collectives.py, one round
+of all with all in direct_collectives.py, those with a root (broadcast, reduce, gather, scatter) are in
+rooted_collectives.py, all-to-all is in all_to_all.py, and those that know their own backward are in
+autograd_collectives.py: all can be imported from here too.
 
 Ways to do the same thing, with α seconds for a message, β seconds for a byte, S bytes of the whole tensor, n ranks:
 
@@ -12,6 +13,7 @@ Ways to do the same thing, with α seconds for a message, β seconds for a byte,
     recursive doubling   log₂ n·(α + S·β)                             fewest steps: short tensors
     halving, doubling    2·log₂ n·α + 2·(n−1)/n·S·β                   few steps and few bytes, but far partners
     ring                 2·(n − 1)·α + 2·(n−1)/n·S·β                  fewest bytes, near partners: long tensors
+    direct               2·α + 2·(n−1)/n·S·β, all at once             one round and few bytes, but all are partners
 
 Chunk i of a tensor is what torch.tensor_split(n)[i] cuts, so n need not divide anything. In-place functions return
 their tensor, which need not be contiguous. `group`: a process group, None for all ranks; ValueError outside it.
@@ -33,6 +35,7 @@ from .autograd_collectives import (
     reduce_scatter_to_group,
     scatter_to_group,
 )
+from .direct_collectives import direct_all_gather, direct_reduce_scatter
 from .point_to_point import (
     PIECE_BYTES,
     check_op,
@@ -72,8 +75,8 @@ __all__ = [
     "naive_gather", "tree_gather", "naive_scatter", "tree_scatter",
     "naive_all_reduce", "tree_all_reduce", "ring_all_reduce",
     "recursive_doubling_all_reduce", "halving_doubling_all_reduce",
-    "naive_reduce_scatter", "ring_reduce_scatter",
-    "naive_all_gather", "ring_all_gather", "bruck_all_gather",
+    "naive_reduce_scatter", "ring_reduce_scatter", "direct_reduce_scatter",
+    "naive_all_gather", "ring_all_gather", "bruck_all_gather", "direct_all_gather",
     "naive_all_to_all", "pairwise_all_to_all", "bruck_all_to_all",
     "copy_to_group", "reduce_from_group", "scatter_to_group", "gather_from_group",
     "all_gather_from_group", "reduce_scatter_to_group", "split_sizes",

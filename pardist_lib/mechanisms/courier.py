@@ -3,125 +3,136 @@
 A *line* is a flat tensor that is cut into n shards; n need not divide it. S: its bytes.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from weakref import WeakValueDictionary
+from functools import partial
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import _world
 
-from .collectives import ring_all_gather, ring_reduce_scatter
-from .point_to_point import place
-from .ring_collectives import prepared_ring_all_gather
+from .direct_collectives import added_up, asked_for_shards, sent_shard, started_all_gather, started_exchange
+from .point_to_point import place, wait
 
 # their names since torch 2.13, and before
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# gloo's own collectives wake fewer threads, ours move fewer bytes (its reduce-scatter sends 1.5·S): measured with
-# 2 and 4 ranks on two cores, the two ways take as long at about a megabyte.
-RING_BYTES = 1 << 20
-
-
-def by_ring(line, sizes, group):
-    """Whether a line goes round our ring: a long one on gloo, or one that n does not divide."""
-    long_or_uneven = line.nbytes >= RING_BYTES or len(set(sizes)) > 1
-    return len(sizes) == 1 or dist.get_backend(group) != "nccl" and long_or_uneven
-
-
-def reduce_scatter_line(line, sizes, out=None, group=None, async_op=False):
-    """(this rank's shard of the mean of all ranks' lines, what to wait for or None).
-
-    Sends S minus its own shard, (n − 1)/n·S where n divides.
-    """
-    mean = dist.ReduceOp.AVG
-    if by_ring(line, sizes, group):
-        return ring_reduce_scatter(line, mean, out, group), None
-    out = line.new_empty(sizes[dist.get_rank(group)]) if out is None else out
-    if len(set(sizes)) == 1:
-        return out, reduce_scatter_single(out, line, mean, group, async_op)
-    return out, dist.reduce_scatter(out, list(line.split(sizes)), mean, group, async_op)
-
-
-def all_gather_line(line, shard, sizes, group=None, async_op=False):
-    """(the line, on which every rank's shard has come, what to wait for or None).
-
-    Sends S minus the next rank's shard, (n − 1)/n·S where n divides.
-    """
-    if by_ring(line, sizes, group):
-        return ring_all_gather(shard, sizes, line, group), None
-    if len(set(sizes)) == 1:
-        return line, all_gather_single(line, shard, group, async_op)
-    return line, dist.all_gather(list(line.split(sizes)), shard, group, async_op)
+# On gloo a line up to this size moves by one of its own collectives: one call instead of 2·(n − 1). A longer one by
+# sending and receiving: measured with 2 and 4 ranks on two cores, its all-gather then takes longer. Its reduce-scatter
+# sends 1.5·S, and takes two to three times as long at every size; its all-to-all, and adding up, does not.
+ONE_CALL_BYTES = 1 << 20
 
 
 def prepared_gather(lines, group=None):
-    """Gather lines, [(line, sizes)], on which this rank's shard lies already, in two parts: this asks for the first
-    receipt and returns a function that does the rest. The shard may change in between.
+    """Gather lines, [(line, sizes)], on which this rank's shard lies already, in two parts: this asks for what the
+    other ranks have, and returns a function that does the rest. The shard may change in between.
 
     gloo's sender waits to be told that its receipt has been asked for. What is asked for before the optimizer computes
     is known by the time it is done.
     """
     rank, _ = place(group)
-    long = [by_ring(line, sizes, group) for line, sizes in lines]
-    go_round = prepared_ring_all_gather(
-        [line.split(sizes) for (line, sizes), ring in zip(lines, long, strict=True) if ring], group
-    )
+    cut = [(line, line.split(sizes), sizes) for line, sizes in lines]
+    direct = [places for line, places, sizes in cut if not _by_one_call(line, sizes, group)]
+    asked = [work for places in direct for work in asked_for_shards(places, group)]
 
     def rest():
-        go_round()
-        for (line, sizes), ring in zip(lines, long, strict=True):
-            if not ring:
-                all_gather_line(line, line.split(sizes)[rank], sizes, group)
+        sent = [work for places in direct for work in sent_shard(places, group)]
+        ones = [_all_gather(*one, group) for one in cut if _by_one_call(one[0], one[2], group)]
+        wait(asked + sent + ones)
 
     return rest
 
 
 class Courier:
-    """Moves lines so that the caller can compute meanwhile; `result()` of what its methods return waits for one.
+    """Starts to move lines; `result()` of what its methods return waits for one.
 
-    Rings of ours go one after another in a thread of their own, over a process group of their own, which all couriers
-    of a group share: several models send in the order in which they ask. torch's own collectives (short lines; all on
-    nccl) run in torch's threads anyway. Every rank has to ask for the same things in the same order. overlap=False:
-    everything at once, in the caller's thread.
+    apart: over a process group of its own, which all couriers of `group` share, so that the caller's own messages
+    may come in between. Every rank has to ask for the same things in the same order. No more than two lines are
+    being reduced at a time: on gloo their room, as long as the longest, is kept for the next ones.
     """
 
-    def __init__(self, group=None, overlap=True):
-        self.group, self.overlap, self.thread = group, overlap and dist.get_world_size(group) > 1, None
-        if self.overlap and dist.get_backend(group) != "nccl":
-            self.own_group = _own_group(group)
-            name = self.own_group.group_name
-            self.thread = _threads.get(name) or _threads.setdefault(name, ThreadPoolExecutor(1, "courier"))
+    def __init__(self, group=None, apart=True):
+        apart = apart and dist.get_backend(group) != "nccl" and dist.get_world_size(group) > 1
+        self.group = _own_group(group) if apart else group
+        self.rooms, self.reducing, self.turn = [torch.empty(0, dtype=torch.uint8)] * 2, [None, None], 0
 
     def all_gather(self, line, shard, sizes):
-        return self._send(all_gather_line, line, sizes, line, shard, sizes)
+        """The line, on which every rank's shard comes. Sends this rank's n − 1 times, (n − 1)/n·S where n divides."""
+        places = line.split(sizes)
+        if _by_one_call(line, sizes, self.group):
+            works = [_all_gather(line, places, sizes, self.group, shard)]
+        else:
+            works = started_all_gather(shard, places, self.group)
+        return _UnderWay(lambda: wait(works) or line)
 
     def reduce_scatter(self, line, sizes, out=None):
-        return self._send(reduce_scatter_line, line, sizes, line, sizes, out)
+        """This rank's shard of the mean of all ranks' lines. Sends S minus that shard, (n − 1)/n·S where n divides."""
+        turn = self.turn = 1 - self.turn
+        if self.reducing[turn] is not None:
+            self.reducing[turn].result()
+        self.reducing[turn] = _UnderWay(self._started(line, sizes, out, turn), partial(self._free, turn))
+        return self.reducing[turn]
 
-    def _send(self, function, line, sizes, *args):
-        if self.thread and by_ring(line, sizes, self.group):
-            return _InThread(self.thread.submit(function, *args, self.own_group))
-        return _Started(*function(*args, self.group, self.overlap))
+    def _started(self, line, sizes, out, turn):
+        rank, n = place(self.group)
+        chunks, mean = line.split(sizes), dist.ReduceOp.AVG
+        if dist.get_backend(self.group) == "nccl":
+            return _nccl_reduce_scatter(chunks, line, mean, out, self.group)
+        room = self._room(turn, chunks[rank], n)
+        if line.nbytes <= ONE_CALL_BYTES:
+            own = [sizes[rank]] * n
+            works = [dist.all_to_all_single(room.view(-1), line, own, list(sizes), self.group, async_op=True)]
+        else:
+            works = started_exchange(chunks, room, self.group)
+        return partial(added_up, works, chunks, room, mean, out, self.group)
+
+    def _free(self, turn):
+        self.reducing[turn] = None
+
+    def _room(self, turn, chunk, n):
+        """New memory for each line would cost more than it takes to fill it. On a GPU torch's allocator keeps it."""
+        size = n * chunk.nbytes
+        if chunk.device.type != "cpu":
+            return chunk.new_empty(n, chunk.numel())
+        if self.rooms[turn].numel() < size:
+            self.rooms[turn] = torch.empty(size, dtype=torch.uint8)
+        return self.rooms[turn][:size].view(chunk.dtype).view(n, chunk.numel())
 
 
-class _InThread:
-    def __init__(self, future):
-        self.future = future
+class _UnderWay:
+    def __init__(self, end, then=None):
+        self.end, self.then, self.value = end, then, None
 
     def result(self):
-        return self.future.result()[0]
-
-
-class _Started:
-    def __init__(self, value, work):
-        self.value, self.work = value, work
-
-    def result(self):
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
+        if self.end is not None:
+            end, self.end = self.end, None
+            self.value = end()
+            if self.then:
+                self.then()
         return self.value
+
+
+def _by_one_call(line, sizes, group):
+    if dist.get_backend(group) == "nccl":
+        return True
+    return line.nbytes <= ONE_CALL_BYTES and len(set(sizes)) == 1
+
+
+def _all_gather(line, places, sizes, group, shard=None):
+    shard = places[dist.get_rank(group)] if shard is None else shard
+    if len(set(sizes)) == 1:
+        return all_gather_single(line, shard, group, True)
+    return dist.all_gather(list(places), shard, group, True)
+
+
+def _nccl_reduce_scatter(chunks, line, op, out, group):
+    """Started; a function that waits."""
+    out = torch.empty_like(chunks[dist.get_rank(group)]) if out is None else out
+    if len({len(chunk) for chunk in chunks}) == 1:
+        work = reduce_scatter_single(out, line, op, group, True)
+    else:
+        work = dist.reduce_scatter(out, list(chunks), op, group, True)
+    return lambda: wait([work]) or out
 
 
 def _own_group(group):
@@ -145,4 +156,3 @@ def _own_group(group):
 
 
 _own_groups = {}
-_threads = WeakValueDictionary()  # of each own group: it ends with the last courier

@@ -88,39 +88,28 @@ def overlap(journeys, depth=DEPTH):
 
 
 def relay(steps, rank, n, group=None):
-    """`prepared_relay`, at once."""
-    prepared_relay(steps, rank, n, group)()
-
-
-def prepared_relay(steps, rank, n, group=None):
     """Messages round the ring, one step after the other: (leaving, to rank + 1; arriving, from rank − 1; what to do
     then or None), whose tensors are known beforehand.
 
     Each receipt is asked for one step ahead: gloo's sender waits until there is a place for its message, and a process
     that waits for its turn on a core says so late. For the same reason a step does not wait for its own message to
     be gone, only for the one before. (nccl has to start a step's sending and receiving together.)
-
-    Asks for the first receipt, and returns a function that does the rest: what is done in between need not wait.
     """
     steps = iter(steps)
-    step, asked = next(steps, None), []
+    step, asked, leaves = next(steps, None), [], []
     ahead = step is not None and not (step[0].is_cuda and not _gloo_on_gpu(step[0], group))
     if ahead:
         asked = exchange(receives=[(step[1], (rank - 1) % n)], group=group)
-
-    def go_round(step=step, asked=asked, leaves=()):
-        while step is not None:
-            leaving, arriving, then = step
-            left, coming, step = leaves, asked, next(steps, None)
-            leaves = exchange([(leaving, (rank + 1) % n)], [] if ahead else [(arriving, (rank - 1) % n)], group)
-            if ahead and step is not None:
-                asked = exchange(receives=[(step[1], (rank - 1) % n)], group=group)
-            wait([*coming, *left] if ahead else leaves)
-            if then:
-                then()
-        wait(leaves)
-
-    return go_round
+    while step is not None:
+        leaving, arriving, then = step
+        left, coming, step = leaves, asked, next(steps, None)
+        leaves = exchange([(leaving, (rank + 1) % n)], [] if ahead else [(arriving, (rank - 1) % n)], group)
+        if ahead and step is not None:
+            asked = exchange(receives=[(step[1], (rank - 1) % n)], group=group)
+        wait([*coming, *left] if ahead else leaves)
+        if then:
+            then()
+    wait(leaves)
 
 
 # ---- a tensor, its rows, its pieces ---------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from .point_to_point import (
     pieces,
     place,
     place_for,
-    prepared_relay,
     relay,
     room_for_all,
     rows,
@@ -74,21 +73,10 @@ def ring_all_gather(tensor, sizes=None, out=None, group=None, *, piece_bytes=RIN
     shards, out = room_for_all(tensor, sizes, out, rank, n)
     if shards[rank].data_ptr() != tensor.data_ptr() or not tensor.is_contiguous():  # else it is in its place already
         shards[rank].copy_(tensor.detach().view_as(shards[rank]))
-    prepared_ring_all_gather([shards], group, piece_bytes=piece_bytes)()
+    parts = pieces(shards, piece_bytes)
+    steps = (_ring_gather(k, parts, rank, n) for k in range(len(parts[0])))
+    relay(chain.from_iterable(steps), rank, n, group)
     return out
-
-
-def prepared_ring_all_gather(lines, group=None, *, piece_bytes=RING_PIECE_BYTES):
-    """`ring_all_gather` of several results, one after the other, in two parts: this asks for the first receipt and
-    returns a function that does the rest. In between, the processor can do something else; this rank's shards may
-    still change, what lies in the other ranks' places is lost.
-
-    lines: for each result all ranks' places in it, flat; this rank's shard lies in its place. Sends as much.
-    """
-    rank, n = place(group)
-    cut = [pieces(shards, piece_bytes) for shards in lines]
-    steps = (_ring_gather(k, parts, rank, n) for parts in cut for k in range(len(parts[0])))
-    return prepared_relay(chain.from_iterable(steps), rank, n, group)
 
 
 def _ring_reduce(k, parts, rooms, op, rank, n, result=None):

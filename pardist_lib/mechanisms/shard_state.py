@@ -4,15 +4,13 @@ import copy
 
 import torch
 
-from .courier import all_gather_line
+from .direct_collectives import direct_all_gather
 from .point_to_point import place
 
 
 def gather_piece(tensor, piece, group=None):
     """The whole of what `tensor` is this rank's piece of: a parameter's values, or a momentum of them."""
-    line = tensor.new_empty(sum(piece.sizes))
-    all_gather_line(line, tensor.detach(), piece.sizes, group)
-    return line.view(piece.full_shape)
+    return direct_all_gather(tensor.detach(), piece.sizes, group=group).view(piece.full_shape)
 
 
 def cut_piece(whole, piece):
@@ -30,7 +28,7 @@ def _of_elements(name, value, piece):
 
 def full_optimizer_state(optimizer, group=None):
     """What `state_dict` of the same optimizer would give in one process that has all parameters whole. On every rank;
-    sends each state tensor once round the ring."""
+    sends its piece of each state tensor to every other rank."""
     state = optimizer.state_dict()
     for i, piece in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         for name, value in state["state"].get(i, {}).items():

@@ -8,7 +8,8 @@ What a rank holds all the time, Ψ parameters of 4 bytes, AdamW, n ranks (stage 
     stage 2      4Ψ           4Ψ/n        8Ψ/n                2·(n − 1)/n·S
     stage 3      4Ψ/n         4Ψ/n        8Ψ/n                3·(n − 1)/n·S
 
-Besides, for a moment each: at stage 2 and 3 the gradient of a layer or two, at stage 3 a layer or two themselves.
+Besides, for a moment each: at stage 2 and 3 the gradient of a layer or two, at stage 3 a layer or two themselves. On
+gloo room for two that arrive is kept (see courier.py).
 Sources: Rajbhandari et al., "ZeRO" (2020), sections 5 and 7; Zhao et al., "PyTorch FSDP" (2023).
 """
 
@@ -47,7 +48,7 @@ class ShardedDataParallel(nn.Module):
                             it until then: 2·(n − 1)/n·S a step, and the memory of all parameters. The whole
                             module's own unit is always kept.
     prefetch                stage 3: gather the next unit while this one computes
-    overlap                 move lines beside the computation (see courier.py)
+    overlap                 True: compute on while a line is on its way; False: wait for each
     find_unused_parameters  True where ranks may have gradients for different parameters (see `UsedParameters`); they
                             are then reduced at the end of backward. At stage 3 all ranks run the same units anyhow.
 
@@ -89,7 +90,7 @@ class ShardedDataParallel(nn.Module):
         self._lines = [line for unit in self._units for line in unit.lines]
         self._trained = [line for line in self._lines if line.trainable]
         self._used = UsedParameters([n for line in self._trained for n in line.names], find_unused_parameters, group)
-        self._courier = Courier(group, overlap)
+        self._courier, self._overlap = Courier(group, apart=overlap), overlap
         self._order, self._running, self._inside = list(self._units), [], []
         self._stale, self._backward, self._sent, self._done = False, False, [], []
         module.register_load_state_dict_post_hook(lambda *_: self.refresh())
@@ -225,9 +226,9 @@ class ShardedDataParallel(nn.Module):
                     self._reduce(n)
 
     def _reduce(self, line):
-        if len(self._sent) > 1:
-            self._sent[-2][1].result()  # no more than two gradients of units wait to be sent
         self._sent.append((line, self._courier.reduce_scatter(line.gradient_line(), line.sizes)))
+        if not self._overlap:
+            self._sent[-1][1].result()
 
     @torch.no_grad()
     def _after_backward(self):
@@ -260,6 +261,8 @@ class ShardedDataParallel(nn.Module):
                     line.allocate()
                 unit.coming.append(self._courier.all_gather(line.line, line.shard, line.sizes))
             unit.gathered = True
+            if not self._overlap:
+                unit.wait()
 
     def _ready(self, unit):
         if self.stage == 3:

@@ -42,10 +42,11 @@ class ShardedOptimizer(Optimizer):
     overlap                 True: a bucket leaves as soon as backward has its last gradient. Changing a gradient
                             between backward and step, or another backward, makes it leave once more (a change
                             through `.grad.data` is not seen). Worth it where ranks have cores or links to spare:
-                            measured with four ranks on two cores, it costs time.
+                            measured with two and four ranks on two cores, it costs time.
     bucket_mb               length of the lines that are moved, in MB of 2^20 bytes
 
-    Gradients in `.grad` stay each rank's own, as views of a few flat tensors, too. Learning-rate schedulers take it
+    Gradients in `.grad` stay each rank's own, as views of a few flat tensors, too. Besides, a rank keeps the memory of
+    its shard of the mean, an n-th of them, and on gloo room for two lines that arrive. Learning-rate schedulers take it
     as any optimizer; for float16 use mixed_precision.LossScaler, with torch's GradScaler one rank alone may skip a
     step. Raises ValueError for an optimizer that is not elementwise, for parameters that differ between
     ranks (other than in their values), that are shards already, or of which none is trainable; RuntimeError where
@@ -66,7 +67,7 @@ class ShardedOptimizer(Optimizer):
         self.group, self.reduces, self.inner = group, reduce_gradients, None
         self.find_unused_parameters, self.bucket_bytes = find_unused_parameters, bucket_mb * 2**20
         self.early = overlap and reduce_gradients and not find_unused_parameters  # else all leave in `step`
-        self.courier = Courier(group, overlap)
+        self.courier = Courier(group, apart=overlap)
         self.lines, self.sharded, self.reduced = [], set(), False
         super().__init__(params, defaults)
         check_trainable([p for g in self.param_groups for p in g["params"]])
@@ -174,7 +175,7 @@ class ShardedOptimizer(Optimizer):
         if line.sent is not None:
             line.sent.result()  # it left before its gradients changed
         line.version, line.taken = line.gradient._version, set()
-        if line.mean is None:  # kept from step to step: new memory would cost more than it takes to fill it
+        if line.mean is None:  # then it is kept: filling new memory takes the kernel longer than us
             line.mean = line.shard.new_empty(len(line.shard))
         line.sent = self.courier.reduce_scatter(line.gradient, line.sizes, line.mean)
 

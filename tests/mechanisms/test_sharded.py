@@ -16,6 +16,7 @@ from unusual_modules import CASES, Between, Scaled, Slotted, TakesObject, filled
 
 from pardist_lib import RankError
 from pardist_lib.lessons.watch import group_of, in_world
+from pardist_lib.mechanisms import courier
 from pardist_lib.mechanisms.flat_shards import FlatShards
 from pardist_lib.mechanisms.shard_state import gather_piece
 from pardist_lib.mechanisms.sharded import ShardedDataParallel, ShardedOptimizer
@@ -442,7 +443,7 @@ def test_ranks_may_use_different_parameters_if_they_say_so(ranks):
 
 # ---- what it sends --------------------------------------------------------------------------------------------
 
-LAYERS, WIDTH = 4, 512  # a megabyte each: they go round the ring
+LAYERS, WIDTH = 4, 520  # over a megabyte each: they are sent and received, not moved in one call
 
 
 def mlp(width=WIDTH, layers=LAYERS, bias=False):
@@ -474,11 +475,15 @@ def test_a_step_sends_the_formulas_bytes(ranks, how, factor):
         line = width * width + width * bias
         shards = [line // 4 + (r < line % 4) for r in range(4)]
         for r in range(4):
-            sent = more.bytes("send", r) - once.bytes("send", r)
-            gather, reduce = line - shards[(r + 1) % 4], line - shards[r]
-            assert sent == 4 * layers * ((factor - 1) * gather + reduce)
-            others = {e.name for e in more.collectives} - {"send", "recv", "broadcast", "barrier"}
-            assert more.bytes("all_reduce", r) == once.bytes("all_reduce", r) and others <= {"all_reduce", "all_gather"}
+            calls = ("send", "all_to_all", "all_reduce")
+            sent, chunks, rest = (more.bytes(call, r) - once.bytes(call, r) for call in calls)
+            gather, reduce = 3 * shards[r], line - shards[r]
+            if chunks:  # the short line is reduced in one call, which is given this rank's own chunk, too
+                assert chunks == 4 * layers * line <= courier.ONE_CALL_BYTES
+                sent += chunks - 4 * layers * shards[r]
+            assert sent == 4 * layers * ((factor - 1) * gather + reduce) and not rest
+            others = {e.name for e in more.collectives} - {"recv", "broadcast", "barrier", *calls}
+            assert others <= {"all_gather"}
     size = 4 * LAYERS * WIDTH * WIDTH  # where 4 divides it is the textbook's figure
     assert 4 * LAYERS * 3 * factor * WIDTH * WIDTH // 4 == factor * 3 * size // 4
 
