@@ -36,8 +36,10 @@ def main(folder, mode):
         setup = json.load(file)
     sys.path[:] = setup["path"]
     torchrun = start_torchrun(folder, setup, generation=0)
+    from pardist_lib.ranks.ledger import Ledger
     from pardist_lib.ranks.transport import call_in
 
+    ledger = Ledger(os.path.join(folder, "ledger"), setup["ranks"])
     notebook = call_in(folder, role="host", pid=os.getpid(), torchrun=torchrun.pid)
     children, envs = {}, None  # pid: (rank, generation)
     alarm, ring = os.pipe()
@@ -75,8 +77,10 @@ def main(folder, mode):
                         children[pid] = int(env["RANK"]), order[1]
                 elif order[0] == "kill":
                     kill(children)
+                    ledger.clear()  # only now: until it is dead, a rank notes what it calls
                 elif order[0] == "restart torchrun":  # plain mode: the workers are the ranks
                     stop(torchrun, patience=0)
+                    ledger.clear()
                     torchrun = start_torchrun(folder, setup, order[1])
     except (EOFError, OSError):
         pass

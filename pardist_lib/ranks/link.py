@@ -68,7 +68,7 @@ class Link:
             str(HERE / "worker.py"), self.folder, mode, "{generation}",
         ]  # fmt: skip
         path = [p or os.getcwd() for p in sys.path]
-        setup = {"torchrun": self.torchrun, "path": path, "notebook": os.getpid()}
+        setup = {"torchrun": self.torchrun, "ranks": n, "path": path, "notebook": os.getpid()}
         Path(self.folder, "setup.json").write_text(json.dumps(setup))
         self.host_conn = self.torchrun_pid = None
         with open(Path(self.folder, "host.log"), "w") as log:
@@ -103,7 +103,6 @@ class Link:
         self.generation += 1
         self.ranks = [Rank(r) for r in range(self.n)]
         self._order("kill")
-        self.ledger.clear()
         self._order("fork" if self.fork else "restart torchrun", self.generation)
 
     def close(self):

@@ -430,3 +430,25 @@ def test_after_a_kill_the_next_call_answers_within_a_second(ranks):
     began = time.monotonic()
     assert ranks.run(rank_sum) == [6.0] * 4
     assert time.monotonic() - began < 5  # the figure itself is the benchmark's: this machine may be busy
+
+
+def test_a_rank_that_calls_on_until_it_is_replaced_leaves_no_note(ranks_of):
+    """The next set of ranks would be compared with what the last one did while it was being ended."""
+
+    def calls_on():
+        if dist.get_rank() == 0:
+            raise ValueError("first")
+        under_way = []
+        while True:
+            under_way.append(dist.isend(torch.zeros(2), 0))
+
+    def one_message():
+        number = torch.full((1,), 7.0)
+        dist.send(number, 0) if dist.get_rank() else dist.recv(number.zero_(), 1)
+        return number.item()
+
+    ranks = ranks_of(2)
+    for _ in range(3):
+        with pytest.raises(RankError, match="first"):
+            ranks.run(calls_on, quiet=True)
+        assert ranks.run(one_message, quiet=True) == [7, 7]
