@@ -13,7 +13,7 @@ Ways to do the same thing, with α seconds for a message, β seconds for a byte,
     recursive doubling   log₂ n·(α + S·β)                             fewest steps: short tensors
     halving, doubling    2·log₂ n·α + 2·(n−1)/n·S·β                   few steps and few bytes, but far partners
     ring                 2·(n − 1)·α + 2·(n−1)/n·S·β                  fewest bytes, near partners: long tensors
-    direct               2·α + 2·(n−1)/n·S·β, all at once             one round and few bytes, but all are partners
+    direct               2·(n − 1)·α + 2·(n−1)/n·S·β                  in two rounds: few ranks (here: each half alone)
 
 Chunk i of a tensor is what torch.tensor_split(n)[i] cuts, so n need not divide anything. In-place functions return
 their tensor, which need not be contiguous. `group`: a process group, None for all ranks; ValueError outside it.

@@ -17,9 +17,9 @@ from .point_to_point import place, wait
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# On gloo a line up to this size moves by one of its own collectives: one call instead of 2·(n − 1). A longer one by
-# sending and receiving: measured with 2 and 4 ranks on two cores, its all-gather then takes longer. Its reduce-scatter
-# sends 1.5·S, and takes two to three times as long at every size; its all-to-all, and adding up, does not.
+# On gloo a line up to this size moves by one of its own collectives: one call instead of 2·(n − 1), which counts with
+# few ranks (2 on two cores: a step of stage 3 with lines of 256 KB took 0.77 times as long). Longer ones are sent and
+# received. Its reduce-scatter is not used: it sends 2·(n − 1)/n·S, twice as much. Its all-to-all, and adding up, does.
 ONE_CALL_BYTES = 1 << 20
 
 
@@ -48,13 +48,14 @@ class Courier:
 
     apart: over a process group of its own, which all couriers of `group` share, so that the caller's own messages
     may come in between. Every rank has to ask for the same things in the same order. No more than two lines are
-    being reduced at a time: on gloo their room, as long as the longest, is kept for the next ones.
+    being reduced at a time: on gloo the room of each, as long as the line, is kept for later ones, until `let_go`.
     """
 
     def __init__(self, group=None, apart=True):
         apart = apart and dist.get_backend(group) != "nccl" and dist.get_world_size(group) > 1
         self.group = _own_group(group) if apart else group
-        self.rooms, self.reducing, self.turn = [torch.empty(0, dtype=torch.uint8)] * 2, [None, None], 0
+        self.reducing, self.turn = [None, None], 0
+        self.let_go()
 
     def all_gather(self, line, shard, sizes):
         """The line, on which every rank's shard comes. Sends this rank's n − 1 times, (n − 1)/n·S where n divides."""
@@ -67,9 +68,10 @@ class Courier:
 
     def reduce_scatter(self, line, sizes, out=None):
         """This rank's shard of the mean of all ranks' lines. Sends S minus that shard, (n − 1)/n·S where n divides."""
-        turn = self.turn = 1 - self.turn
+        turn = self.reducing.index(None) if None in self.reducing else 1 - self.turn  # a free room, or the older one
         if self.reducing[turn] is not None:
             self.reducing[turn].result()
+        self.turn = turn
         self.reducing[turn] = _UnderWay(self._started(line, sizes, out, turn), partial(self._free, turn))
         return self.reducing[turn]
 
@@ -85,6 +87,10 @@ class Courier:
         else:
             works = started_exchange(chunks, room, self.group)
         return partial(added_up, works, chunks, room, mean, out, self.group)
+
+    def let_go(self):
+        """Give the rooms back, once nothing is on its way."""
+        self.rooms = [torch.empty(0, dtype=torch.uint8)] * 2
 
     def _free(self, turn):
         self.reducing[turn] = None
@@ -105,8 +111,8 @@ class _UnderWay:
 
     def result(self):
         if self.end is not None:
-            end, self.end = self.end, None
-            self.value = end()
+            self.value = self.end()
+            self.end = None  # where it raises, it does so again
             if self.then:
                 self.then()
         return self.value

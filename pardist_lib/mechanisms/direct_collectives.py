@@ -6,7 +6,7 @@ once, where a ring of nodes uses each link for one neighbour, and it needs room 
 
 Starting and ending are functions of their own, so that a rank can compute in between without a thread.
 collectives.py says what holds for all collectives of this folder.
-Source: Thakur, Rabenseifner, Gropp (2005), section 4.2 (pairwise exchange).
+Source: Thakur, Rabenseifner, Gropp (2005), on reduce-scatter by pairwise exchange.
 """
 
 from .point_to_point import (

@@ -41,7 +41,6 @@ class ServerLoop:
     def __init__(self, ps, after_step):
         self.ps, self.after_step = ps, after_step
         self.parameters, self.schedule = ps.parameters, None if ps.schedule is None else deque(ps.schedule)
-        self.asking = threading.Lock()  # one thread at a time: whoever notes the calls need not be made for threads
         self.events = queue.SimpleQueue()  # (worker, rows or LEAVING, used parameters or why it is lost)
         self.clock = dict.fromkeys(ps.workers, 0)  # pushes applied, of those who are still there
         self.pulled_at = dict.fromkeys(ps.workers, ps.version)  # the version that each one has
@@ -97,9 +96,7 @@ class ServerLoop:
 
     def _receive(self, tensor, worker, tag=0):
         """A worker may take its time. (Not torch's recv: waiting, it holds on to the group, which could not end.)"""
-        with self.asking:
-            receipt = dist.irecv(tensor, group=self.ps.group, group_src=worker, tag=tag)
-        receipt.wait(FOREVER)
+        dist.irecv(tensor, group=self.ps.group, group_src=worker, tag=tag).wait(FOREVER)
 
     def _lose(self, worker, steps, error):
         self.ps.lost[worker] = error

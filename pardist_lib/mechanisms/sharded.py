@@ -8,8 +8,8 @@ What a rank holds all the time, Ψ parameters of 4 bytes, AdamW, n ranks (stage 
     stage 2      4Ψ           4Ψ/n        8Ψ/n                2·(n − 1)/n·S
     stage 3      4Ψ/n         4Ψ/n        8Ψ/n                3·(n − 1)/n·S
 
-Besides, for a moment each: at stage 2 and 3 the gradient of a layer or two, at stage 3 a layer or two themselves. On
-gloo room for two that arrive is kept (see courier.py).
+Besides, for a moment each: at stage 2 and 3 the gradient of a layer or two and room for as much from other ranks, at
+stage 3 a layer or two themselves.
 Sources: Rajbhandari et al., "ZeRO" (2020), sections 5 and 7; Zhao et al., "PyTorch FSDP" (2023).
 """
 
@@ -244,6 +244,7 @@ class ShardedDataParallel(nn.Module):
                 line.add_gradient(sent.result(), anyone[line])
             self._stale = self.stage == 2
         self._sent, self._done, self._backward = [], [], False
+        self._courier.let_go()  # what it holds would be as much as two layers, all the time
         for unit in self._units:
             unit.wait()
             unit.show(PIECE)

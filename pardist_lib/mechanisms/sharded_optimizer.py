@@ -46,11 +46,12 @@ class ShardedOptimizer(Optimizer):
     bucket_mb               length of the lines that are moved, in MB of 2^20 bytes
 
     Gradients in `.grad` stay each rank's own, as views of a few flat tensors, too. Besides, a rank keeps the memory of
-    its shard of the mean, an n-th of them, and on gloo room for two lines that arrive. Learning-rate schedulers take it
-    as any optimizer; for float16 use mixed_precision.LossScaler, with torch's GradScaler one rank alone may skip a
-    step. Raises ValueError for an optimizer that is not elementwise, for parameters that differ between
-    ranks (other than in their values), that are shards already, or of which none is trainable; RuntimeError where
-    the model was moved afterwards.
+    its shard of the mean, an n-th of them, and on gloo room for what arrives, as long as a line (or two).
+
+    Learning-rate schedulers take it as any optimizer; for float16 use mixed_precision.LossScaler, with torch's
+    GradScaler one rank alone may skip a step. Raises ValueError for an optimizer that is not elementwise, for
+    parameters that differ between ranks (other than in their values), that are shards already, or of which none is
+    trainable; RuntimeError where the model was moved afterwards.
     """
 
     def __init__(self, params, optimizer_class, group=None, *, reduce_gradients=True, find_unused_parameters=False,
