@@ -6,12 +6,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pardist_lib.mechanisms.parallel_linear import ColumnParallelLinear
-from pardist_lib.mechanisms.parallel_transformer import ParallelTransformerBlock, TransformerBlock
-from pardist_lib.mechanisms.point_to_point import place
-from pardist_lib.mechanisms.sequence_parallel import parallel_norm, replicated
-from pardist_lib.mechanisms.splitting import first_ranks_copy, parameter
-from pardist_lib.mechanisms.vocab_parallel import VocabParallelEmbedding
+from pardist_lib.mechanisms.group import rank_and_size
+from pardist_lib.mechanisms.tensor_parallel.linear import ColumnParallelLinear
+from pardist_lib.mechanisms.tensor_parallel.on_part import replicated
+from pardist_lib.mechanisms.tensor_parallel.sequence import parallel_norm
+from pardist_lib.mechanisms.tensor_parallel.splitting import first_ranks_copy, parameter
+from pardist_lib.mechanisms.tensor_parallel.transformer import ParallelTransformerBlock, TransformerBlock
+from pardist_lib.mechanisms.tensor_parallel.vocabulary import VocabParallelEmbedding
 
 
 class Positions(nn.Module):
@@ -83,7 +84,7 @@ class SequenceParallelPositions(Positions):
         return whole
 
     def forward(self, x):
-        first = place(self.group)[0] * x.size(1)
+        first = rank_and_size(self.group)[0] * x.size(1)
         return x + replicated(self.weight, group=self.group)[0][first : first + x.size(1)]
 
 

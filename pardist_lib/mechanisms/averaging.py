@@ -22,7 +22,7 @@ import zlib
 import torch
 import torch.distributed as dist
 
-from .point_to_point import place
+from .group import rank_and_size
 
 
 def average_parameters(module, weights=None, group=None, optimizer=None):
@@ -52,7 +52,7 @@ def average_parameters(module, weights=None, group=None, optimizer=None):
 
 def _share(weights, group, device):
     """This rank's weight, such that all of them add up to 1."""
-    rank, n = place(group)
+    rank, n = rank_and_size(group)
     if weights is None:
         return 1 / n
     weights = weights.tolist() if hasattr(weights, "tolist") else weights  # NumPy's and torch's numbers and arrays
@@ -147,7 +147,7 @@ class LocalSGD:
     def __init__(self, module, optimizer, every, weights=None, group=None, *, average_state=False, outer=None):
         if every is not None and (not isinstance(every, int) or every < 1):
             raise ValueError(f"every is a number of steps, 1 or more, or None, not {every!r}")
-        place(group)
+        rank_and_size(group)
         self.module, self.optimizer, self.every, self.weights, self.group = module, optimizer, every, weights, group
         self.average_state, self.steps, self.averages = average_state, 0, 0
         self.parameters = [p for p in module.parameters() if p.requires_grad]

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from .point_to_point import place
+from .group import rank_and_size
 
 __all__ = ["LossScaler", "MasterWeights", "autocast", "average_gradients", "check_precision"]
 
@@ -146,7 +146,7 @@ class LossScaler:
         if not isinstance(growth_interval, int) or growth_interval < 1:
             raise ValueError(f"growth_interval is a number of good steps, 1 or more, not {growth_interval!r}")
         if agree:
-            place(group)
+            rank_and_size(group)
         self._scale, self._good_steps = _float32(init_scale), 0
         self.growth_factor, self.backoff_factor, self.growth_interval = growth_factor, backoff_factor, growth_interval
         self.group, self.agree = group, agree
@@ -249,7 +249,7 @@ def average_gradients(parameters, dtype=None, group=None):
     does not. With a LossScaler, call this before `unscale_`: scaled gradients are those that float16 can hold.
     One all_reduce for each dtype and device. Every rank needs gradients for the same parameters.
     """
-    _, n = place(group)
+    _, n = rank_and_size(group)
     alike = {}
     for p in parameters:
         if p.grad is not None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from .point_to_point import place
+from .group import rank_and_size
 
 __all__ = ["Balancer", "Race", "average_by_rows", "shares_of"]
 
@@ -65,7 +65,7 @@ def average_by_rows(parameters, rows, group=None, *, summed=False, total=None):
 
     Raises ValueError for rows < 0, for sparse gradients, and on every rank where none has any.
     """
-    place(group)
+    rank_and_size(group)
     parameters = [p for p in parameters if p.requires_grad]
     if rows < 0 or rows != int(rows):
         raise ValueError(f"rows is how many rows this rank has worked on, 0 or more, not {rows}")
@@ -121,7 +121,7 @@ class Balancer:
     """
 
     def __init__(self, batch, group=None, *, least=1, memory=0.3):
-        self.rank, self.n = place(group)
+        self.rank, self.n = rank_and_size(group)
         if not 0 <= memory < 1:
             raise ValueError(f"memory is the part of the old estimate that stays, 0 to below 1, not {memory}")
         if least < 1:
@@ -191,7 +191,7 @@ class Race:
     """
 
     def __init__(self, drop, group=None, store=None):
-        self.rank, self.n = place(group)
+        self.rank, self.n = rank_and_size(group)
         if not isinstance(drop, int) or not 0 <= drop < self.n:
             raise ValueError(f"drop is how many of {self.n} ranks may be late, 0 to {self.n - 1}, not {drop!r}")
         name = [secrets.token_hex(8)]  # the first rank's: no other race in this store has it

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from pardist_lib import Ranks
-from pardist_lib.lessons.layouts import OPERATIONS, described, memory_of, runnable, seconds_of
+from pardist_lib.lessons.lesson13.layouts import OPERATIONS, described, memory_of, runnable, seconds_of
 from pardist_lib.measure.calibration import describe, readings
 from pardist_lib.measure.costs import Plan, training_memory
 from pardist_lib.measure.planner import best_plans, estimate

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 from pardist_lib import Ranks
-from pardist_lib.mechanisms.parallel_attention import attend
-from pardist_lib.mechanisms.parallel_transformer import ParallelTransformerBlock, TransformerBlock
 from pardist_lib.mechanisms.tensor_parallel import ParallelMLP
+from pardist_lib.mechanisms.tensor_parallel.attention import attend
+from pardist_lib.mechanisms.tensor_parallel.transformer import ParallelTransformerBlock, TransformerBlock
 
 from .paired import paired_ratio
 

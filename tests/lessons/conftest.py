@@ -12,7 +12,7 @@ def answers_folder(tmp_path, monkeypatch):
 @pytest.fixture
 def ranks(ranks_of, monkeypatch):
     """Ranks that the checks will find, and little patience with answers that hang."""
-    from pardist_lib.lessons import bench
+    from pardist_lib.lessons.exercises import bench
 
     monkeypatch.setattr(bench, "PATIENCE", 1.5)
     return ranks_of(4)

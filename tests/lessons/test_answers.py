@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from pardist_lib.lessons import answers
+from pardist_lib.lessons.exercises import answers
 
 GOOD, BAD, WORSE = "def f():\n    return 1\n", "def f():\n    return 2\n", "def f():\n    return 3\n"
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pardist_lib.lessons import article
+from pardist_lib.lessons.lesson00 import article
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])

@@ -5,14 +5,14 @@ import inspect
 from pathlib import Path
 
 import cloudpickle
-import planted
 import pytest
 
-from pardist_lib.lessons import exercises
+from pardist_lib.lessons.exercises import reader as exercises
+from tests.lessons import planted
 
-BANKS = sorted(path.stem for path in Path(__file__).parent.glob("bank[0-9][0-9].py"))
-for bank in (*BANKS, "other_ways"):
-    cloudpickle.register_pickle_by_value(importlib.import_module(bank))
+BANKS = sorted(Path(__file__).parent.glob("lesson[0-9][0-9]/*.py"))
+for bank in BANKS:
+    cloudpickle.register_pickle_by_value(importlib.import_module(f"tests.lessons.{bank.parent.name}.{bank.stem}"))
 
 
 pytestmark = pytest.mark.usefixtures("ranks", "answers_folder")

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 
-from pardist_lib.lessons import bench, exercises
-from pardist_lib.lessons.exercises import blank, check, hint, progress, solution
-from pardist_lib.lessons.watch import group_of, in_world, watched
+from pardist_lib.lessons.exercises import bench, check, hint, progress, solution
+from pardist_lib.lessons.exercises import reader as exercises
+from pardist_lib.lessons.exercises.exercise import Exercise
+from pardist_lib.lessons.exercises.watch import watched
+from pardist_lib.lessons.worlds import group_of, in_world
 
 pytestmark = pytest.mark.usefixtures("ranks", "answers_folder")
 NAMES = list(exercises.exercises())
@@ -260,7 +262,7 @@ def _after_a_while():
 
 
 def test_slow_imports_are_no_hang():
-    assert bench.Bench(SlowToArrive())._prepare("pardist_lib.lessons.lesson00") is None
+    assert bench.Bench(SlowToArrive())._prepare("pardist_lib.lessons.lesson00.shard_rows") is None
 
 
 @pytest.mark.parametrize("end, said", [(lambda: os._exit(3), "exit code 3"),
@@ -323,7 +325,8 @@ def test_an_answer_that_cannot_be_sent_to_the_ranks():
 
 
 def test_a_check_that_breaks_says_so_and_stops_nothing(monkeypatch):
-    monkeypatch.setattr(exercises._exercise("shard_rows"), "check", staticmethod(lambda run: 1 / 0))
+    broken = Exercise((), lambda run: 1 / 0)
+    monkeypatch.setattr(exercises, "_exercise", lambda name: broken)
     verdict = check("shard_rows", rows)
     assert verdict.status == "blocked" and "ZeroDivisionError" in verdict.diagnosis
 

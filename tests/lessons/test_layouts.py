@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from pardist_lib import RankError
-from pardist_lib.lessons.layouts import described, make_step, memory_of, runnable
+from pardist_lib.lessons.lesson13.layouts import described, make_step, memory_of, runnable
 from pardist_lib.lessons.transformer import GPT
 from pardist_lib.measure.costs import Plan, training_memory
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pardist_lib.lessons import leakage
 from pardist_lib.lessons.data import digits
+from pardist_lib.lessons.lesson15 import leakage
 from pardist_lib.lessons.models import DigitsMLP
 from pardist_lib.mechanisms.private import Client, decode, encode
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pardist_lib.lessons import two_nodes
+from pardist_lib.lessons.lesson04 import two_nodes
 from pardist_lib.lessons.transformer import GPT, TENSOR_PARALLEL, bytes_kept, language_loss, sequence_parallel_plan
-from pardist_lib.lessons.watch import in_world
+from pardist_lib.lessons.worlds import in_world
 from pardist_lib.mechanisms.tensor_parallel import full_state_dict, parallelize, vocab_parallel_cross_entropy
 
 SIZES = {"vocabulary": 97, "width": 24, "heads": 12, "layers": 2, "length": 24, "dtype": torch.float64}

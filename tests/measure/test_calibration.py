@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pardist_lib.lessons.layouts import OPERATIONS, described
+from pardist_lib.lessons.lesson13.layouts import OPERATIONS, described
 from pardist_lib.measure.calibration import MODELS, SIZES, _features, calibrate, describe, nonnegative, readings
 from pardist_lib.measure.costs import Plan
 from pardist_lib.measure.planner import Estimate, best_plans, estimate

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pardist_lib.lessons.layouts import Kept
+from pardist_lib.lessons.lesson13.layouts import Kept
 from pardist_lib.measure.costs import (
     Plan,
     Transformer,

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pardist_lib import RankError
-from pardist_lib.lessons.watch import group_of, in_world
+from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms import collectives
-from pardist_lib.mechanisms.collectives import split_sizes
+from pardist_lib.mechanisms.group import split_sizes
 
 NAMES = [name for name in collectives.__all__ if name.endswith("_group")]
 SLICED = ("scatter_to_group", "reduce_scatter_to_group")  # their result is a slice

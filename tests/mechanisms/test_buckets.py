@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pardist_lib.mechanisms.buckets import fill_buckets
+from pardist_lib.mechanisms.data_parallel.buckets import fill_buckets
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

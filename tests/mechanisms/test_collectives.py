@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refused
 
-from pardist_lib.mechanisms import collectives, point_to_point
-from pardist_lib.mechanisms.collectives import split_sizes
+from pardist_lib.mechanisms import collectives
+from pardist_lib.mechanisms.collectives import point_to_point
+from pardist_lib.mechanisms.group import split_sizes
+from tests.mechanisms.refusals import refused
 
 OPS = {
     "SUM": torch.sum,

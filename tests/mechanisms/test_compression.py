@@ -11,10 +11,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from pardist_lib.lessons.watch import in_world
-from pardist_lib.mechanisms.buckets import fill_buckets
+from pardist_lib.lessons.worlds import in_world
 from pardist_lib.mechanisms.compression import PowerSGD, TopK, half_precision
 from pardist_lib.mechanisms.data_parallel import DataParallel
+from pardist_lib.mechanisms.data_parallel.buckets import fill_buckets
 
 SHAPES = [(6, 4), (5,), (8, 2, 3), (2, 2)]
 

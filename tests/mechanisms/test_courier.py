@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pardist_lib.mechanisms.collectives import split_sizes
-from pardist_lib.mechanisms.courier import ONE_CALL_BYTES, Courier
+from pardist_lib.mechanisms.group import split_sizes
+from pardist_lib.mechanisms.sharded.courier import ONE_CALL_BYTES, Courier
 
 
 def moved(length, apart, in_order):

@@ -6,18 +6,18 @@ import io
 import pytest
 import torch
 import torch.distributed as dist
-from refusals import refused
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from pardist_lib import RankError
-from pardist_lib.lessons.watch import group_of, in_world
+from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.collectives import ring_all_reduce
 from pardist_lib.mechanisms.data_parallel import DataParallel, naive_average
-from pardist_lib.mechanisms.sharded_optimizer import ShardedOptimizer
-from pardist_lib.mechanisms.sync_batch_norm import SyncBatchNorm
+from pardist_lib.mechanisms.data_parallel.sync_batch_norm import SyncBatchNorm
+from pardist_lib.mechanisms.sharded.optimizer import ShardedOptimizer
+from tests.mechanisms.refusals import refused
 
 WORLDS = [1, 2, 3, 4]
 TINY = 1e-4  # MB, about 100 bytes: many buckets

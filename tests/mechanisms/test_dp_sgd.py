@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from scipy.stats import chi2
-from test_parameter_server import Net, fails, same, state
+from tests.mechanisms.test_parameter_server import Net, fails, same, state
 from torch import nn
 
 from pardist_lib import RankError
-from pardist_lib.lessons.watch import group_of, in_world
+from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.private import (
     clip_and_sum,
     epsilon,

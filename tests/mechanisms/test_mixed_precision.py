@@ -6,11 +6,10 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from refusals import refused
 from torch import nn
 from torch.nn import functional as F
 
-from pardist_lib.lessons.watch import group_of, in_world
+from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms import mixed_precision
 from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.mechanisms.mixed_precision import (
@@ -20,6 +19,7 @@ from pardist_lib.mechanisms.mixed_precision import (
     average_gradients,
     check_precision,
 )
+from tests.mechanisms.refusals import refused
 
 BF16, F16 = torch.bfloat16, torch.float16
 

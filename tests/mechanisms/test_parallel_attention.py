@@ -5,11 +5,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refused
 from torch import nn
 
-from pardist_lib.lessons.watch import in_world
-from pardist_lib.mechanisms.parallel_attention import Attention, ParallelAttention, attend
+from pardist_lib.lessons.worlds import in_world
+from pardist_lib.mechanisms.tensor_parallel.attention import Attention, ParallelAttention, attend
+from tests.mechanisms.refusals import refused
 
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}
 PLAIN = {"kind": "ours", "heads": 4, "kv": None, "width": 8, "bias": True, "causal": True, "dtype": torch.float64,
@@ -249,7 +249,7 @@ def dropped():
     qkv = torch.randn(1, 6, 6, dtype=torch.float64)
     torch.manual_seed(1)
     outputs = [part(x).detach(), part(x).detach()]
-    from pardist_lib.mechanisms.sequence_parallel import random_per_rank
+    from pardist_lib.mechanisms.tensor_parallel.sequence import random_per_rank
 
     with random_per_rank():
         own = attend(qkv, 1, 1, dropout=0.5)  # the same head everywhere: other places are dropped

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import nn
 
 from pardist_lib import RankError
-from pardist_lib.lessons.arrivals import arrival_order
-from pardist_lib.lessons.watch import group_of, in_world
-from pardist_lib.mechanisms.flat_buffer import FlatBuffer
+from pardist_lib.lessons.lesson05.arrivals import arrival_order
+from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.parameter_server import Applied, ParameterServer
+from pardist_lib.mechanisms.parameter_server.flat_buffer import FlatBuffer
 
 STEPS = 20
 OPTIMIZERS = {

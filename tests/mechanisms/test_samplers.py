@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from pardist_lib.lessons.watch import group_of, in_world
-from pardist_lib.mechanisms.samplers import ExactDistributedSampler
+from pardist_lib.lessons.worlds import group_of, in_world
+from pardist_lib.mechanisms.data_parallel.samplers import ExactDistributedSampler
 
 
 def shards(length, n, **options):

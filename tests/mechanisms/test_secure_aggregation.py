@@ -8,14 +8,14 @@ import torch.distributed as dist
 from Crypto.Protocol.SecretSharing import Shamir
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refused
 from scipy.stats import chi2
 
 from pardist_lib import RankError
-from pardist_lib.lessons.watch import group_of, in_world
+from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.private import Client, TooFewClients, decode, encode, largest, secure_sum, unmask
-from pardist_lib.mechanisms.secure_aggregation import add, negative, own_mask, pair_mask
-from pardist_lib.mechanisms.secure_sum import MESSAGES
+from pardist_lib.mechanisms.private.secure_aggregation import add, negative, own_mask, pair_mask
+from pardist_lib.mechanisms.private.secure_sum import MESSAGES
+from tests.mechanisms.refusals import refused
 
 N, T, D = 8, 5, 33
 

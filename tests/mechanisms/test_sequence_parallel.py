@@ -5,21 +5,20 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refused
 from torch import nn
 from torch.nn import functional as F
 
-from pardist_lib.lessons.watch import in_world
-from pardist_lib.mechanisms.autograd_collectives import gather_from_group
-from pardist_lib.mechanisms.parallel_transformer import ParallelTransformerBlock, TransformerBlock
-from pardist_lib.mechanisms.point_to_point import split_sizes
-from pardist_lib.mechanisms.sequence_parallel import (
+from pardist_lib.lessons.worlds import in_world
+from pardist_lib.mechanisms.collectives.autograd import gather_from_group
+from pardist_lib.mechanisms.group import split_sizes
+from pardist_lib.mechanisms.tensor_parallel.on_part import random_per_rank, replicated
+from pardist_lib.mechanisms.tensor_parallel.sequence import (
     SequenceParallelLayerNorm,
     SequenceParallelRMSNorm,
     parallel_norm,
-    random_per_rank,
-    replicated,
 )
+from pardist_lib.mechanisms.tensor_parallel.transformer import ParallelTransformerBlock, TransformerBlock
+from tests.mechanisms.refusals import refused
 
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}
 FORMS = {"no": {}, "keep": {"sequence_parallel": True}, "again": {"sequence_parallel": True, "keep_gathered": False}}
@@ -224,7 +223,7 @@ def beside_dtensor():
     torch.manual_seed(0)
     theirs = Mlp()
     nn.init.normal_(theirs.norm.weight), nn.init.normal_(theirs.norm.bias)
-    from pardist_lib.mechanisms.parallel_linear import ColumnParallelLinear, RowParallelLinear
+    from pardist_lib.mechanisms.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 
     norm = parallel_norm(theirs.norm)
     up = ColumnParallelLinear.from_module(theirs.up, sequence_parallel=True)

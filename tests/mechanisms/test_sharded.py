@@ -9,17 +9,16 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refused
-from sharded_cases import OPTIMIZERS, Model, close, loss_of, rows_of, storages
 from torch import nn
-from unusual_modules import CASES, Between, Scaled, Slotted, TakesObject, filled
 
 from pardist_lib import RankError
-from pardist_lib.lessons.watch import group_of, in_world
-from pardist_lib.mechanisms import courier
-from pardist_lib.mechanisms.flat_shards import FlatShards
-from pardist_lib.mechanisms.shard_state import gather_piece
-from pardist_lib.mechanisms.sharded import ShardedDataParallel, ShardedOptimizer
+from pardist_lib.lessons.worlds import group_of, in_world
+from pardist_lib.mechanisms.sharded import ShardedDataParallel, ShardedOptimizer, courier
+from pardist_lib.mechanisms.sharded.flat_shards import FlatShards
+from pardist_lib.mechanisms.sharded.state import gather_piece
+from tests.mechanisms.refusals import refused
+from tests.mechanisms.sharded_cases import OPTIMIZERS, Model, close, loss_of, rows_of, storages
+from tests.mechanisms.unusual_modules import CASES, Between, Scaled, Slotted, TakesObject, filled
 
 STAGES = [2, 3]
 
@@ -569,7 +568,7 @@ def test_pieces_partition_every_parameter(sizes, n):
     found = [[] for _ in sizes]
     for rank in range(n):
         with (
-            mock.patch("pardist_lib.mechanisms.flat_shards.place", lambda _, rank=rank: (rank, n)),
+            mock.patch("pardist_lib.mechanisms.sharded.flat_shards.rank_and_size", lambda _, rank=rank: (rank, n)),
             mock.patch("torch.distributed.broadcast"),
             mock.patch("torch.distributed.get_process_group_ranks", lambda _: range(n)),
             mock.patch("torch.distributed.group"),

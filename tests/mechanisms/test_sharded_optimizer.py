@@ -6,13 +6,12 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from refusals import refused
-from sharded_cases import BATCH, OPTIMIZERS, Model, close, loss_of, rows_of, storages
 
 from pardist_lib import RankError
-from pardist_lib.lessons.watch import in_world
-from pardist_lib.mechanisms import courier
-from pardist_lib.mechanisms.sharded import ShardedOptimizer
+from pardist_lib.lessons.worlds import in_world
+from pardist_lib.mechanisms.sharded import ShardedOptimizer, courier
+from tests.mechanisms.refusals import refused
+from tests.mechanisms.sharded_cases import BATCH, OPTIMIZERS, Model, close, loss_of, rows_of, storages
 
 
 @pytest.fixture(scope="module")

@@ -5,22 +5,22 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refused
 from torch import nn
 from torch.nn import functional as F
 
-from pardist_lib.lessons.watch import in_world
+from pardist_lib.lessons.worlds import in_world
 from pardist_lib.measure.trace import record
-from pardist_lib.mechanisms import split_conv
-from pardist_lib.mechanisms.parallel_conv import ParallelConv2d
-from pardist_lib.mechanisms.point_to_point import split_sizes
-from pardist_lib.mechanisms.split_conv import (
+from pardist_lib.mechanisms.group import split_sizes
+from pardist_lib.mechanisms.tensor_parallel import split_conv
+from pardist_lib.mechanisms.tensor_parallel.conv import ParallelConv2d
+from pardist_lib.mechanisms.tensor_parallel.split_conv import (
     conv2d_by_batch,
     conv2d_by_height,
     conv2d_by_input_channels,
     conv2d_by_output_channels,
     halo_plan,
 )
+from tests.mechanisms.refusals import refused
 
 CUTS = {  # the dimension of x, weight, bias and the result that is cut
     "out": (None, 0, 0, 1),

@@ -5,12 +5,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refused
 
-from pardist_lib.lessons.watch import in_world
-from pardist_lib.mechanisms import split_matmul
-from pardist_lib.mechanisms.point_to_point import split_sizes
-from pardist_lib.mechanisms.split_matmul import (
+from pardist_lib.lessons.worlds import in_world
+from pardist_lib.mechanisms.group import split_sizes
+from pardist_lib.mechanisms.tensor_parallel import split_matmul
+from pardist_lib.mechanisms.tensor_parallel.split_matmul import (
     matmul_by_columns,
     matmul_by_inner,
     matmul_by_rows,
@@ -18,6 +17,7 @@ from pardist_lib.mechanisms.split_matmul import (
     process_grid,
     summa,
 )
+from tests.mechanisms.refusals import refused
 
 CUTS = {"rows": (0, None, 0), "columns": (None, 1, 1), "inner": (1, 0, 0)}  # where B, C and A are cut
 CLOSE = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-5, 1e-6), torch.bfloat16: (2e-2, 2e-2)}

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refused
 from torch import nn
 
-from pardist_lib.lessons.watch import group_of, in_world
+from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.measure.trace import record
-from pardist_lib.mechanisms.collectives import copy_to_group, split_sizes
+from pardist_lib.mechanisms.collectives import copy_to_group
+from pardist_lib.mechanisms.group import split_sizes
 from pardist_lib.mechanisms.tensor_parallel import (
     ColumnParallelLinear,
     ParallelMLP,
@@ -23,6 +23,7 @@ from pardist_lib.mechanisms.tensor_parallel import (
     full_state_dict,
     parallelize,
 )
+from tests.mechanisms.refusals import refused
 
 CLOSE = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-5, 1e-6)}
 WORLDS = [1, 2, 3, 4]

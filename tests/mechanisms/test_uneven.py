@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refused
 from torch import nn
 
-from pardist_lib.lessons.watch import group_of, in_world
+from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.mechanisms.uneven import Balancer, Race, average_by_rows, shares_of
+from tests.mechanisms.refusals import refused
 
 ROWS = 24
 

@@ -5,13 +5,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refusals import refused
 from torch import nn
 from torch.nn import functional as F
 
-from pardist_lib.lessons.watch import in_world
-from pardist_lib.mechanisms.point_to_point import split_sizes
-from pardist_lib.mechanisms.vocab_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from pardist_lib.lessons.worlds import in_world
+from pardist_lib.mechanisms.group import split_sizes
+from pardist_lib.mechanisms.tensor_parallel.vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
+from tests.mechanisms.refusals import refused
 
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-12}, torch.float32: {"rtol": 1e-5, "atol": 1e-6},
          torch.bfloat16: {"rtol": 2e-2, "atol": 1e-2}, torch.float16: {"rtol": 2e-3, "atol": 1e-3}}  # fmt: skip
@@ -240,7 +240,7 @@ def model_steps(steps, dtype, tied):
     rank, n = dist.get_rank(), dist.get_world_size()
     embedding, layer = VocabParallelEmbedding.from_module(whole[0]), whole[1]
     head = embedding.weight if tied else nn.Parameter(whole[2].weight.detach().tensor_split(n)[rank].clone())
-    from pardist_lib.mechanisms.autograd_collectives import copy_to_group
+    from pardist_lib.mechanisms.collectives.autograd import copy_to_group
 
     parameters = [embedding.weight, *layer.parameters(), *([] if tied else [head])]
     optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []

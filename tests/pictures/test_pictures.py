@@ -13,12 +13,21 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from picture_examples import EXAMPLES, LOSS, event, processes, random, ring_events, ring_states, step_events
 from PIL import Image
 
 from pardist_lib import pictures
 from pardist_lib.pictures import figure as figures
 from pardist_lib.pictures import palette
+from tests.pictures.picture_examples import (
+    EXAMPLES,
+    LOSS,
+    event,
+    processes,
+    random,
+    ring_events,
+    ring_states,
+    step_events,
+)
 
 timelines = sys.modules["pardist_lib.pictures.timeline"]  # pictures.timeline is the function
 

@@ -5,10 +5,10 @@ import shutil
 
 import ipywidgets
 import pytest
-from picture_examples import ring_states
 
 from pardist_lib import pictures
 from pardist_lib.pictures import widgets
+from tests.pictures.picture_examples import ring_states
 
 
 @pytest.fixture

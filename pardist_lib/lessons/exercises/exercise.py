@@ -1,0 +1,19 @@
+"""What an exercise is: hints, and how an answer is checked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Exercise:
+    """`exercise = Exercise(hints, check)` in lessonNN/<name>.py, which lessonNN/__init__.py lists in EXERCISES.
+
+    hints   two to four texts, from a nudge to nearly the code
+    check   check(run) raises `Wrong` where the answer is not right, `Blocked` where that cannot be told. run is the
+            `Bench`: run(fn, *args, n=4) calls fn(answer, *args) on n ranks and gives what each returned.
+
+    The blank is the signature and docstring of the function of the same name in lessonNN/solutions.py.
+    """
+
+    hints: tuple[str, ...]
+    check: Callable

@@ -1,0 +1,9 @@
+"""Lesson 3."""
+
+EXERCISES = (
+    "column_forward",
+    "row_forward",
+    "my_copy_to_group",
+    "my_gather_from_group",
+    "order_bytes",
+)  # in the order of the notebook

@@ -1,0 +1,228 @@
+"""A parameter server: one rank holds the parameters and the optimizer, the others compute gradients.
+
+A step of a worker: push its gradients to the server, pull parameters back. What the server does in between is all
+the difference:
+
+    synchronous         waits for every worker, applies the mean of their gradients, answers all: one process's training
+    asynchronous        applies each gradient as it comes and answers at once: nobody waits, gradients are stale
+    bounded staleness   asynchronous, but a worker more than `staleness` steps ahead of the slowest waits for it
+
+A gradient is *stale* by as many versions as the server's parameters have moved on between the pull it was computed
+from and the moment it is applied.
+
+S: bytes of the trainable parameters; N: workers. In one step a worker sends S and receives S, 2·S on its link, and
+the server's link carries all of it, 2·N·S. A push has a header besides, of 8 bytes and one bit for each parameter;
+a goodbye is a header and one byte. The server holds S for each worker's pushes and, if asynchronous, for its answers.
+All messages are torch's send and receive, none is a collective.
+
+Sources: Li et al., "Scaling Distributed Machine Learning with the Parameter Server" (2014), section 3; Ho et al.,
+"More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server" (2013), section 3, for the bound.
+"""
+
+import operator
+import zlib
+from contextlib import nullcontext, suppress
+
+import torch
+import torch.distributed as dist
+
+from ..group import rank_and_size, within
+from .flat_buffer import FlatBuffer
+from .loop import FAILED, GOODBYE, LEAVING, Applied, ServerLoop
+
+__all__ = ["Applied", "ParameterServer"]
+
+
+class ParameterServer:
+    """The same object on every rank of the group: one of them serves, the others push and pull.
+
+        with ParameterServer(model, optimizer) as ps:
+            if ps.serving:
+                log = ps.serve()  # until all workers have left
+            else:
+                for x, y in batches:
+                    model.zero_grad()
+                    loss(model(x), y).backward()
+                    ps.step(rows=len(x))  # push gradients, pull parameters
+
+    module       on every rank the same; parameters and buffers are set to the server's at the start.
+    optimizer    a torch optimizer of the module's parameters. Only the server's ever steps and has state.
+    synchronous  False: every gradient is applied by itself, as it comes.
+    staleness    s ≥ 0, with synchronous=False: a worker that has pushed more than s steps more than the slowest waits
+                 for it before it gets its next parameters. None: nobody waits.
+    schedule     with synchronous=False: workers, by their ranks within the group, in the order in which their pushes
+                 are to be applied, so that a run can be repeated to the bit. One that comes too early is kept.
+    push         "gradients", or "parameters": workers train by themselves with an optimizer of their own and push
+                 how far their parameters have come since the last pull, which the server takes for a gradient (with
+                 SGD(lr=1) its step is the mean of the workers' parameters: federated averaging).
+    server       the global rank that serves; all others of the group work.
+
+    On the server: `version`, how many steps it has made; `log`, a list of `Applied`, one for each gradient, with its
+    staleness; `lost`, {worker: what its connection said} of those that died or left `with` by an exception.
+
+    A gradient that is None on a worker counts as zeros; where it is None on all of them the optimizer leaves the
+    parameter alone, as in one process. Buffers are each rank's own after the start: BatchNorm's statistics move on the
+    workers only. Messages pass through the host's memory, over gloo: only there can be waited for one worker apart
+    from the others.
+
+    A worker that dies (its connection closes) or raises within `with` counts as one that left: an asynchronous server
+    goes on with the others, a synchronous one stops with ConnectionError, as its batch would no longer be the one
+    asked for. A worker waits for its parameters no longer than the group's timeout (`init_process_group`'s).
+
+    Raises ValueError for a group of one rank or without gloo, a module that differs between ranks or has nothing
+    to train, an optimizer of other parameters, and options that do not go together.
+    """
+
+    def __init__(self, module, optimizer, *, synchronous=True, staleness=None, schedule=None, push="gradients",
+                 server=0, group=None):  # fmt: skip
+        self.rank, n = rank_and_size(group)
+        self.group, self.module, self.optimizer, self.push = group, module, optimizer, push
+        self.synchronous, self.staleness = synchronous, staleness
+        self.schedule = None if schedule is None else list(schedule)
+        self.server = within(group, server)
+        self.workers = [r for r in range(n) if r != self.server]
+        self.serving = self.rank == self.server
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self._check_arguments()
+        self._agree()
+        self.version, self.log, self.lost = 0, [], {}  # lost: {worker: what its connection said}
+        self.header_bytes = 8 + -(-len(self.parameters) // 8)
+        self.arriving, self.leaving = FlatBuffer(self.parameters), FlatBuffer(self.parameters)
+        self.at_work = True  # a worker: until it leaves; the server: until it serves
+        self._start()
+
+    # ---- a worker -------------------------------------------------------------------------------------------------
+
+    def step(self, rows=1):
+        """Push what this worker has, pull the server's parameters into the module.
+
+        rows: how many rows its gradient is the mean over; the synchronous server weights by it. 0: no gradient.
+        Sends S and the header, receives S. Returns once the server lets this worker go on.
+        """
+        if self.serving:
+            raise RuntimeError(f"rank {self.rank} is the server: it calls serve(), step() is for the workers")
+        count = operator.index(rows) if hasattr(rows, "__index__") and not isinstance(rows, torch.Tensor) else -1
+        if count < 0:
+            raise ValueError(f"rows is how many rows this gradient is the mean over, 0 or more, not {rows!r}")
+        if not self.at_work:
+            raise RuntimeError(f"rank {self.rank} has left the server: no step after leave()")
+        if not count:
+            pushed = [None] * len(self.parameters)
+        elif self.push == "gradients":
+            pushed = [p.grad if p.grad is None else p.grad.to_dense() for p in self.parameters]
+        else:
+            pairs = zip(self.arriving.views, self.parameters, strict=True)
+            pushed = [pulled - p.detach().to(pulled.device) for pulled, p in pairs]
+        used = [t is not None for t in pushed]
+        self.leaving.read_from(pushed)
+        sends = [self.send(_header(count, used), self.server), self.send(self.leaving.raw, self.server)]
+        self.receive(self.arriving.raw, self.server)
+        for work in sends:
+            work.wait()
+        self.arriving.write_into(self.parameters)
+
+    def leave(self):
+        """Tell the server that this worker makes no more steps. Sends a header and one byte."""
+        self._leave(LEAVING)
+
+    def _leave(self, why):
+        if self.at_work and not self.serving:
+            self.at_work = False
+            header = _header(why, [False] * len(self.parameters))
+            for work in (self.send(header, self.server), self.send(header[:1], self.server, GOODBYE)):
+                work.wait()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, raised, *_):
+        with suppress(RuntimeError) if raised else nullcontext():  # the first error is the one to see
+            self._leave(FAILED if raised else LEAVING)
+
+    # ---- the server -----------------------------------------------------------------------------------------------
+
+    def serve(self, after_step=None):
+        """Apply what workers push and answer them, until all have left. Returns a list of `Applied`.
+
+        after_step: called after every step of the optimizer: a place for schedulers and for measuring the loss
+        (`ps.version` steps have been made). Receives S and a header, sends S, for each push.
+        """
+        if not self.serving:
+            raise RuntimeError(f"rank {self.rank} is a worker: it calls step(), rank {self.server} serves")
+        if not self.at_work:
+            raise RuntimeError("this server has served, its workers have left: make a new ParameterServer on all ranks")
+        self.at_work = False
+        ServerLoop(self, after_step).run()
+        return self.log
+
+    # ---- the start ------------------------------------------------------------------------------------------------
+
+    def _check_arguments(self):
+        if not self.workers:
+            raise ValueError("a parameter server needs a group of at least two ranks: one serves, the others work")
+        if "cpu:gloo" not in dist.get_backend_config(self.group):
+            raise ValueError('a parameter server needs gloo: init_process_group("cpu:gloo,cuda:nccl") has both')
+        if not self.parameters:
+            raise ValueError("this module has no parameter that requires a gradient: there is nothing to train")
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if strangers := held - {id(p) for p in self.module.parameters()}:
+            raise ValueError(f"{len(strangers)} of the optimizer's {len(held)} parameters are not the module's: make "
+                             "it of module.parameters()")  # fmt: skip
+        if self.push not in ("gradients", "parameters"):
+            raise ValueError(f'push is "gradients" or "parameters", not {self.push!r}')
+        if self.synchronous and (self.staleness is not None or self.schedule is not None):
+            raise ValueError("staleness and schedule are for synchronous=False: a synchronous server waits for all")
+        if self.staleness is not None and (not isinstance(self.staleness, int) or self.staleness < 0):
+            raise ValueError(f"staleness is a number of steps, 0 or more, or None, not {self.staleness!r}")
+        if wrong := [r for r in self.schedule or () if r not in self.workers]:
+            raise ValueError(f"the schedule names rank {wrong[0]}: the workers are {self.workers}")
+
+    def _agree(self):
+        """Every worker says what its module looks like; the server hears all and answers each, so that all raise where
+        one differs."""
+        named = [*self.module.named_parameters(), *self.module.named_buffers()]
+        told = [(name, str(t.dtype), list(t.shape), t.requires_grad) for name, t in named]
+        mine = torch.tensor([sum(t.numel() for _, t in named), zlib.crc32(repr(told).encode())])
+        if self.serving:
+            theirs = {worker: torch.empty_like(mine) for worker in self.workers}
+            for worker, one in theirs.items():
+                self.receive(one, worker)
+            others = {worker: one for worker, one in theirs.items() if not torch.equal(mine, one)}
+            other = next(iter(others.values()), mine)
+            works = [self.send(mine if worker in others else other, worker) for worker in self.workers]
+        else:
+            works, other = [self.send(mine, self.server)], torch.empty_like(mine)
+            self.receive(other, self.server)
+        for work in works:
+            work.wait()
+        if not torch.equal(mine, other):
+            raise ValueError(f"the ranks have different modules: rank {self.rank} one of {int(mine[0]):,} elements, "
+                             f"another rank one of {int(other[0]):,}; names, shapes, dtypes and requires_grad must "
+                             "agree on all ranks")  # fmt: skip
+
+    def _start(self):
+        """All parameters and buffers, frozen ones too, from the server to every worker."""
+        state = [*self.module.parameters(), *self.module.buffers()]
+        line = FlatBuffer(state)
+        if self.serving:
+            line.read_from(state)
+            for work in [self.send(line.raw, worker) for worker in self.workers]:
+                work.wait()
+        else:
+            self.receive(line.raw, self.server)
+            line.write_into(state)
+            self.arriving.read_from(self.parameters)
+
+    def send(self, tensor, peer, tag=0):
+        return dist.isend(tensor, group=self.group, group_dst=peer, tag=tag)
+
+    def receive(self, tensor, peer):
+        dist.recv(tensor, group=self.group, group_src=peer)
+
+
+def _header(rows, used):
+    """8 bytes for the number of rows, then a bit for each parameter: whether it has a gradient."""
+    bits = [0] * -(-len(used) // 8)
+    for i, is_used in enumerate(used):
+        bits[i // 8] |= is_used << i % 8
+    return torch.cat([torch.tensor([rows]).view(torch.uint8), torch.tensor(bits, dtype=torch.uint8)])

@@ -1,0 +1,165 @@
+"""Gathering shards on a line and reducing lines to shards, beside the computation.
+
+A *line* is a flat tensor that is cut into n shards; n need not divide it. S: its bytes.
+"""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import _world
+
+from ..collectives.direct import added_up, asked_for_shards, sent_shard, started_all_gather, started_exchange
+from ..collectives.point_to_point import wait
+from ..group import rank_and_size
+
+# their names since torch 2.13, and before
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# On gloo a line up to this size moves by one of its own collectives: one call instead of 2·(n − 1), which counts with
+# few ranks (2 on two cores: a step of stage 3 with lines of 256 KB took 0.77 times as long). Longer ones are sent and
+# received. Its reduce-scatter is not used: it sends 2·(n − 1)/n·S, twice as much. Its all-to-all, and adding up, does.
+ONE_CALL_BYTES = 1 << 20
+
+
+def prepared_gather(lines, group=None):
+    """Gather lines, [(line, sizes)], on which this rank's shard lies already, in two parts: this asks for what the
+    other ranks have, and returns a function that does the rest. The shard may change in between.
+
+    gloo's sender waits to be told that its receipt has been asked for. What is asked for before the optimizer computes
+    is known by the time it is done.
+    """
+    rank, _ = rank_and_size(group)
+    cut = [(line, line.split(sizes), sizes) for line, sizes in lines]
+    direct = [places for line, places, sizes in cut if not _by_one_call(line, sizes, group)]
+    asked = [work for places in direct for work in asked_for_shards(places, group)]
+
+    def rest():
+        sent = [work for places in direct for work in sent_shard(places, group)]
+        ones = [_all_gather(*one, group) for one in cut if _by_one_call(one[0], one[2], group)]
+        wait(asked + sent + ones)
+
+    return rest
+
+
+class Courier:
+    """Starts to move lines; `result()` of what its methods return waits for one.
+
+    apart: over a process group of its own, which all couriers of `group` share, so that the caller's own messages
+    may come in between. Every rank has to ask for the same things in the same order. No more than two lines are
+    being reduced at a time: on gloo the room of each, as long as the line, is kept for later ones, until `let_go`.
+    """
+
+    def __init__(self, group=None, apart=True):
+        apart = apart and dist.get_backend(group) != "nccl" and dist.get_world_size(group) > 1
+        self.group = _own_group(group) if apart else group
+        self.reducing, self.turn = [None, None], 0
+        self.let_go()
+
+    def all_gather(self, line, shard, sizes):
+        """The line, on which every rank's shard comes. Sends this rank's n − 1 times, (n − 1)/n·S where n divides."""
+        places = line.split(sizes)
+        if _by_one_call(line, sizes, self.group):
+            works = [_all_gather(line, places, sizes, self.group, shard)]
+        else:
+            works = started_all_gather(shard, places, self.group)
+        return _UnderWay(lambda: wait(works) or line)
+
+    def reduce_scatter(self, line, sizes, out=None):
+        """This rank's shard of the mean of all ranks' lines. Sends S minus that shard, (n − 1)/n·S where n divides."""
+        turn = self.reducing.index(None) if None in self.reducing else 1 - self.turn  # a free room, or the older one
+        if self.reducing[turn] is not None:
+            self.reducing[turn].result()
+        self.turn = turn
+        self.reducing[turn] = _UnderWay(self._started(line, sizes, out, turn), partial(self._free, turn))
+        return self.reducing[turn]
+
+    def _started(self, line, sizes, out, turn):
+        rank, n = rank_and_size(self.group)
+        chunks, mean = line.split(sizes), dist.ReduceOp.AVG
+        if dist.get_backend(self.group) == "nccl":
+            return _nccl_reduce_scatter(chunks, line, mean, out, self.group)
+        room = self._room(turn, chunks[rank], n)
+        if line.nbytes <= ONE_CALL_BYTES:
+            own = [sizes[rank]] * n
+            works = [dist.all_to_all_single(room.view(-1), line, own, list(sizes), self.group, async_op=True)]
+        else:
+            works = started_exchange(chunks, room, self.group)
+        return partial(added_up, works, chunks, room, mean, out, self.group)
+
+    def let_go(self):
+        """Give the rooms back, once nothing is on its way."""
+        self.rooms = [torch.empty(0, dtype=torch.uint8)] * 2
+
+    def _free(self, turn):
+        self.reducing[turn] = None
+
+    def _room(self, turn, chunk, n):
+        """New memory for each line would cost more than it takes to fill it. On a GPU torch's allocator keeps it."""
+        size = n * chunk.nbytes
+        if chunk.device.type != "cpu":
+            return chunk.new_empty(n, chunk.numel())
+        if self.rooms[turn].numel() < size:
+            self.rooms[turn] = torch.empty(size, dtype=torch.uint8)
+        return self.rooms[turn][:size].view(chunk.dtype).view(n, chunk.numel())
+
+
+class _UnderWay:
+    def __init__(self, end, then=None):
+        self.end, self.then, self.value = end, then, None
+
+    def result(self):
+        if self.end is not None:
+            self.value = self.end()
+            self.end = None  # where it raises, it does so again
+            if self.then:
+                self.then()
+        return self.value
+
+
+def _by_one_call(line, sizes, group):
+    if dist.get_backend(group) == "nccl":
+        return True
+    return line.nbytes <= ONE_CALL_BYTES and len(set(sizes)) == 1
+
+
+def _all_gather(line, places, sizes, group, shard=None):
+    shard = places[dist.get_rank(group)] if shard is None else shard
+    if len(set(sizes)) == 1:
+        return all_gather_single(line, shard, group, True)
+    return dist.all_gather(list(places), shard, group, True)
+
+
+def _nccl_reduce_scatter(chunks, line, op, out, group):
+    """Started; a function that waits."""
+    out = torch.empty_like(chunks[dist.get_rank(group)]) if out is None else out
+    if len({len(chunk) for chunk in chunks}) == 1:
+        work = reduce_scatter_single(out, line, op, group, True)
+    else:
+        work = dist.reduce_scatter(out, list(chunks), op, group, True)
+    return lambda: wait([work]) or out
+
+
+def _own_group(group):
+    """A second process group of the same ranks, made once: its threads and connections live as long as the process.
+
+    dist.new_group would have to be called by ranks outside of the group too, or numbers its groups differently on
+    ranks that have made different ones before; so this does what it does, under a name of the group's own.
+    """
+    group = group or dist.group.WORLD
+    name = f"{group.group_name}.courier"
+    if _own_groups.get(name) not in _world.pg_map:
+        backend, store = _world.pg_map[group]
+        members = dist.get_process_group_ranks(group)
+        rank, backend = dist.get_rank(group), dist.Backend(backend)
+        own, _ = distributed_c10d._new_process_group_helper(
+            len(members), rank, members, backend, store, name, timeout=distributed_c10d._get_default_timeout(backend)
+        )
+        _world.pg_group_ranks[own] = {member: i for i, member in enumerate(members)}
+        _own_groups[name] = own
+    return _own_groups[name]
+
+
+_own_groups = {}

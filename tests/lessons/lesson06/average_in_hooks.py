@@ -1,0 +1,255 @@
+"""Wrong answers to average_in_hooks, as people really write them, and unusual right ones."""
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.lessons.planted import mistake, right
+
+
+@mistake("average_in_hooks", "a hook is given the parameter p, not its gradient p.grad")
+def averages_what_it_is_given(model, group=None):
+    def average(grad):
+        dist.all_reduce(grad.data, group=group)
+        grad.data /= dist.get_world_size(group)
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(average)
+
+
+@mistake("average_in_hooks", "was not divided by 4, the number of ranks")
+def hook_forgets_to_divide(model, group=None):
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: dist.all_reduce(p.grad, group=group))
+
+
+@mistake("average_in_hooks", "Does the hook use the loop's variable, which is the last parameter by then?")
+def late_binding(model, group=None):
+    for p in model.parameters():
+        if p.requires_grad:
+
+            def average(_):
+                dist.all_reduce(p.grad, group=group)  # noqa: B023
+                p.grad /= dist.get_world_size(group)  # noqa: B023
+
+            p.register_post_accumulate_grad_hook(average)
+
+
+@mistake("average_in_hooks", "the group argument is ignored")
+def hook_ignores_the_group(model, group=None):
+    def average(p):
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(average)
+
+
+@mistake("average_in_hooks", "nothing was exchanged")
+def averages_right_away(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+
+@mistake("average_in_hooks", "cannot register a hook on a tensor that doesn't require gradient")
+def hooks_on_frozen_ones(model, group=None):
+    def average(p):
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(average)
+
+
+@mistake("average_in_hooks", "never waited for")
+def hook_does_not_wait(model, group=None):
+    def average(p):
+        dist.all_reduce(p.grad, group=group, async_op=True)
+        p.grad /= dist.get_world_size(group)
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(average)
+
+
+@mistake("average_in_hooks", "is averaged, ")
+def only_the_last_layer(model, group=None):
+    def average(p):
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+
+    for p in list(model.parameters())[-2:]:
+        p.register_post_accumulate_grad_hook(average)
+
+
+@mistake("average_in_hooks", "hooks should return None")
+def hook_returns_the_mean(model, group=None):
+    def average(p):
+        mean = p.grad.clone()
+        dist.all_reduce(mean, group=group)
+        return mean / dist.get_world_size(group)
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(average)
+
+
+@mistake("average_in_hooks", "it calls torch's own DistributedDataParallel")
+def by_ddp(model, group=None):
+    DistributedDataParallel(model, process_group=group)
+
+
+@mistake("average_in_hooks", "nothing was exchanged")
+def only_once(model, group=None):
+    handles = {}
+
+    def average(p):
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+        handles[p].remove()
+
+    for p in model.parameters():
+        if p.requires_grad:
+            handles[p] = p.register_post_accumulate_grad_hook(average)
+
+
+@mistake("average_in_hooks", "register_hook is given a gradient on its way")
+def tensor_hooks_in_place(model, group=None):
+    def average(gradient):
+        dist.all_reduce(gradient, group=group)
+        gradient /= dist.get_world_size(group)
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_hook(average)
+
+
+@right("average_in_hooks")
+def tensor_hooks(model, group=None):
+    def average(gradient):
+        mean = gradient / dist.get_world_size(group)
+        dist.all_reduce(mean, group=group)
+        return mean
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_hook(average)
+
+
+@right("average_in_hooks")
+def asynchronous_hooks(model, group=None):
+    n, works, left = dist.get_world_size(group), [], []
+
+    def average(p):
+        p.grad /= n
+        works.append(dist.all_reduce(p.grad, group=group, async_op=True))
+        if not left:
+            left.append(None)
+            torch.autograd.Variable._execution_engine.queue_callback(finish)
+
+    def finish():
+        for work in works:
+            work.wait()
+        works.clear(), left.clear()
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(average)
+
+
+def each_hooked(model, hook):
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(hook)
+
+
+@mistake("average_in_hooks", "rank 1 does not make the calls that the others make: its gradients are zero here")
+def hook_skips_zeros(model, group=None):
+    def average(p):
+        if p.grad.any():
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= dist.get_world_size(group)
+
+    each_hooked(model, average)
+
+
+@mistake("average_in_hooks", "no element of the gradient of fc1.weight is right")
+def hook_adds_up_over_steps(model, group=None):
+    total = {}
+
+    def average(p):
+        dist.all_reduce(p.grad, group=group)
+        total[p] = total.get(p, 0) + p.grad / dist.get_world_size(group)
+        p.grad = total[p].clone()
+
+    each_hooked(model, average)
+
+
+@mistake("average_in_hooks", "the result is right, but 6,144 bytes are all-reduced for 1,664")
+def every_hook_averages_all(model, group=None):
+    def average(_):
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad, group=group)
+                p.grad /= dist.get_world_size(group)
+
+    each_hooked(model, average)
+
+
+@mistake("average_in_hooks", "the means are made after backward, not in it")
+def when_backward_has_ended(model, group=None):
+    queued = []
+
+    def average():
+        queued.clear()
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad, group=group)
+                p.grad /= dist.get_world_size(group)
+
+    def queue(_):
+        if not queued:
+            queued.append(torch.autograd.Variable._execution_engine.queue_callback(average))
+
+    each_hooked(model, queue)
+
+
+@right("average_in_hooks")
+def hooks_of_the_accumulators(model, group=None):
+    """As DDP does it: a hook of the node that adds to p.grad, which has to be kept alive."""
+    model.accumulators = []
+    for p in model.parameters():
+        if p.requires_grad:
+
+            def average(*_, p=p):
+                dist.all_reduce(p.grad, group=group)
+                p.grad /= dist.get_world_size(group)
+
+            model.accumulators.append(p.expand_as(p).grad_fn.next_functions[0][0])
+            model.accumulators[-1].register_hook(average)
+
+
+@right("average_in_hooks")
+def hooks_with_futures(model, group=None):
+    def average(p):
+        p.grad /= dist.get_world_size(group)
+        dist.all_reduce(p.grad, group=group, async_op=True).get_future().wait()
+
+    each_hooked(model, average)
+
+
+@mistake("average_in_hooks", "has a gradient before any backward")
+def begins_with_zeros(model, group=None):
+    def average(p):
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    each_hooked(model, average)
