@@ -15,14 +15,14 @@ for averaging now and then; Stich, "Local SGD Converges Fast and Communicates Li
 (2023), algorithm 1, for the outer optimizer.
 """
 
-import itertools
 import math
 import zlib
 
 import torch
 import torch.distributed as dist
 
-from .group import rank_and_size
+from .collectives.agreement import sum_over_ranks, take_from_first
+from .group import check_optimizer, rank_and_size
 
 
 def average_parameters(module, weights=None, group=None, optimizer=None):
@@ -45,9 +45,11 @@ def average_parameters(module, weights=None, group=None, optimizer=None):
     device = tensors[0].device if tensors else None
     share = _share(weights, group, device)
     if optimizer is not None:
-        _check_optimizer(module, optimizer)
+        check_optimizer(module, optimizer)
         tensors += _state(module, optimizer, group, device)
-    _average(tensors, share, group)
+    with torch.no_grad():
+        for t, mean in zip(tensors, sum_over_ranks(tensors, group, scale=share), strict=True):
+            t.copy_(mean)
 
 
 def _share(weights, group, device):
@@ -93,29 +95,6 @@ def _state(module, optimizer, group, device):
     return found
 
 
-def _check_optimizer(module, optimizer):
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if strangers := held - {id(p) for p in module.parameters()}:
-        raise ValueError(f"{len(strangers)} of the optimizer's {len(held)} parameters are not the module's: make it of "
-                         "module.parameters()")  # fmt: skip
-
-
-@torch.no_grad()
-def _average(tensors, share, group):
-    """Σ share·tensor over the ranks, in place; one all_reduce for each dtype and device."""
-
-    def kind(t):
-        return str(t.dtype), str(t.device)
-
-    for _, alike in itertools.groupby(sorted(tensors, key=kind), kind):
-        alike = list(alike)
-        line = torch.cat([t.flatten() for t in alike])
-        line = line.mul_(share) if share else line.zero_()  # 0 times NaN is NaN
-        dist.all_reduce(line, group=group)
-        for t, mean in zip(alike, line.split([t.numel() for t in alike]), strict=True):
-            t.copy_(mean.view(t.shape))
-
-
 class LocalSGD:
     """Every rank trains by itself for `every` steps, then all average their parameters; and so on.
 
@@ -153,10 +132,8 @@ class LocalSGD:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("this module has no parameter that requires a gradient: there is nothing to train")
-        _check_optimizer(module, optimizer)
-        first = dist.get_process_group_ranks(group or dist.group.WORLD)[0]
-        for t in itertools.chain(module.parameters(), module.buffers()):
-            dist.broadcast(t.detach(), first, group=group)
+        check_optimizer(module, optimizer)
+        take_from_first([*module.parameters(), *module.buffers()], group)
         self.start = [p.detach().clone() for p in self.parameters] if outer else []  # where the last average ended
         self.outer = outer(self.start) if outer else None
 

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from .collectives.agreement import sum_over_ranks
 from .group import rank_and_size
 
 __all__ = ["LossScaler", "MasterWeights", "autocast", "average_gradients", "check_precision"]
@@ -250,15 +251,9 @@ def average_gradients(parameters, dtype=None, group=None):
     One all_reduce for each dtype and device. Every rank needs gradients for the same parameters.
     """
     _, n = rank_and_size(group)
-    alike = {}
-    for p in parameters:
-        if p.grad is not None:
-            alike.setdefault((dtype or p.grad.dtype, p.grad.device), []).append(p.grad)
-    for (travel, _), gradients in alike.items():
-        line = torch.cat([g.flatten().div(n).to(travel) for g in gradients])
-        dist.all_reduce(line, group=group)
-        for g, mean in zip(gradients, line.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(mean.view_as(g))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for g, mean in zip(gradients, sum_over_ranks(gradients, group, scale=1 / n, dtype=dtype), strict=True):
+        g.copy_(mean)
 
 
 class MasterWeights:

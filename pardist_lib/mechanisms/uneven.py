@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from .collectives.agreement import sum_over_ranks
 from .group import rank_and_size
 
 __all__ = ["Balancer", "Race", "average_by_rows", "shares_of"]
@@ -83,18 +84,11 @@ def average_by_rows(parameters, rows, group=None, *, summed=False, total=None):
     if not total:
         raise ValueError("no rank has any rows: there is nothing to average")
     share = (rows > 0) / total if summed else rows / total
-    alike = {}
-    for p, anyone in zip(parameters, used.tolist(), strict=True):
-        if not anyone:
-            p.grad = None
-        else:
-            alike.setdefault((p.dtype, p.device), []).append(p)
-    for together in alike.values():
-        line = torch.cat([(torch.zeros_like(p) if p.grad is None or not share else p.grad * share).flatten()
-                          for p in together])  # fmt: skip
-        dist.all_reduce(line, group=group)
-        for p, mean in zip(together, line.split([p.numel() for p in together]), strict=True):
-            p.grad = torch.empty_like(p).copy_(mean.view_as(p))  # in p's order in memory, for fused optimizers
+    averaged = [p for p, anyone in zip(parameters, used.tolist(), strict=True) if anyone]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in averaged]
+    means = dict(zip(averaged, sum_over_ranks(gradients, group, scale=share), strict=True))
+    for p in parameters:  # in p's order in memory, for fused optimizers
+        p.grad = torch.empty_like(p).copy_(means[p]) if p in means else None
     return total
 
 

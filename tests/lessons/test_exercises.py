@@ -18,6 +18,7 @@ import torch.distributed._functional_collectives as functional
 from pardist_lib.lessons.exercises import bench, check, hint, progress, solution
 from pardist_lib.lessons.exercises import reader as exercises
 from pardist_lib.lessons.exercises.exercise import Exercise
+from pardist_lib.lessons.exercises.reader import blank
 from pardist_lib.lessons.exercises.watch import watched
 from pardist_lib.lessons.worlds import group_of, in_world
 

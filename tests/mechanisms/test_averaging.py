@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tests.mechanisms.test_parameter_server import OPTIMIZERS, STEPS, Net, fails, gradient_of, same, state
 from torch import nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.optim import PostLocalSGDOptimizer
 
 from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.averaging import LocalSGD, average_parameters
+from tests.mechanisms.test_parameter_server import OPTIMIZERS, STEPS, Net, fails, gradient_of, same, state
 
 OUTER = {
     "Nesterov": lambda ps: torch.optim.SGD(ps, lr=0.7, momentum=0.9, nesterov=True),

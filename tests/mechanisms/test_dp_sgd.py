@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from scipy.stats import chi2
-from tests.mechanisms.test_parameter_server import Net, fails, same, state
 from torch import nn
 
 from pardist_lib import RankError
@@ -20,6 +19,7 @@ from pardist_lib.mechanisms.private import (
     poisson_rows,
     private_gradient,
 )
+from tests.mechanisms.test_parameter_server import Net, fails, same, state
 
 
 def rows(b, seed=0, dtype=torch.float64):

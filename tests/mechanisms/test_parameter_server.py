@@ -1,6 +1,7 @@
 """The parameter server: against one process, with stale gradients against one process that keeps old versions too."""
 
 import json
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from torch import nn
 from pardist_lib import RankError
 from pardist_lib.lessons.lesson05.arrivals import arrival_order
 from pardist_lib.lessons.worlds import group_of, in_world
+from pardist_lib.mechanisms.collectives.agreement import described, named_tensors
 from pardist_lib.mechanisms.parameter_server import Applied, ParameterServer
 from pardist_lib.mechanisms.parameter_server.flat_buffer import FlatBuffer
 
@@ -316,12 +318,14 @@ def test_bytes_are_what_the_formula_says(ranks_of, n, options):
     header = 8 + 2  # nine trainable tensors
     assert sum(p.requires_grad for p in net.parameters()) == 9
     trace = ranks_of(4).trace(in_world, n, partial(train, 5, "SGD", **options), quiet=True)
-    hello, goodbye = 16, header + 1
+    alike = described(named_tensors(net))
+    hello, answer = (8 + len(pickle.dumps(o)) for o in (alike, [described(named_tensors(net)) for _ in range(n)]))
+    goodbye = header + 1
     for worker in range(1, n):
         assert trace.bytes("send", worker) == hello + 5 * (size + header) + goodbye
-        assert trace.bytes("recv", worker) == hello + everything + 5 * size
+        assert trace.bytes("recv", worker) == answer + everything + 5 * size
     workers = n - 1
-    assert trace.bytes("send", 0) == workers * (hello + everything + 5 * size)
+    assert trace.bytes("send", 0) == workers * (answer + everything + 5 * size)
     assert trace.bytes("recv", 0) == workers * (hello + 5 * (size + header) + goodbye)
     assert {e.name for e in trace.collectives} == {"send", "recv"}
 
@@ -359,7 +363,8 @@ def test_mixed_dtypes(ranks_of):
 DYING = """
 import json, os, signal, sys, torch, torch.distributed as dist
 import torch.distributed.nn  # lets a group end before Python does
-from pardist_lib.mechanisms.parameter_server import ParameterServer, _header
+from pardist_lib.mechanisms.parameter_server import ParameterServer
+from pardist_lib.mechanisms.parameter_server.server import _header
 rank, store, out, when = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", store=dist.FileStore(store, 3), rank=rank, world_size=3)
 net = torch.nn.Linear(2, 2) if when == "between" else torch.nn.Linear(2000, 2000)
@@ -490,7 +495,7 @@ def test_bad_arguments_are_named(ranks_of):
     fails(ranks, "not -1", lambda r: server(r, synchronous=False, staleness=-1))
     fails(ranks, "rank 0: the workers are [1, 2, 3]", lambda r: server(r, synchronous=False, schedule=[1, 0]))
     fails(ranks, "rank 9 is not in the group", lambda r: server(r, server=9))
-    differ = "names, shapes, dtypes and requires_grad must agree"
+    differ = "Build the same model on every rank"
     for odd in (0, 2):  # all ranks say so, those that agree with the server too
         fails(ranks, differ, lambda r, odd=odd: server(r, nn.Linear(2, 2 + (r == odd))))
     fails(ranks, differ, lambda r: server(r, nn.Linear(2, 2, bias=r > 0, dtype=torch.float64)))

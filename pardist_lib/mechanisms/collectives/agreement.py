@@ -15,11 +15,15 @@ def check_same_model(named, group=None):
     """Raise ValueError, on every rank, where the ranks' tensors differ in anything but their values.
 
     named: [(what it is called, tensor)], in the module's order: ("parameter fc.weight", p). What has to agree: names,
-    number, dtype, shape, order in memory, requires_grad. Sends a text of about 60 bytes a tensor to all_gather_object.
+    number, dtype, shape, order in memory, requires_grad. Gives about 60 bytes a tensor to all_gather_object.
     """
-    mine = [f"{name}, {_described(t)}" for name, t in named]
     everyone = [None] * rank_and_size(group)[1]
-    dist.all_gather_object(everyone, mine, group=group)
+    dist.all_gather_object(everyone, described(named), group=group)
+    compare(everyone, group)
+
+
+def compare(everyone, group=None):
+    """The second half of `check_same_model`: everyone[r] is what rank r of the group has `described`."""
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
     for member, theirs in zip(members, everyone, strict=True):
         for first, other in zip_longest(everyone[0], theirs, fillvalue="nothing more"):
@@ -28,6 +32,11 @@ def check_same_model(named, group=None):
                     f"the ranks' models differ: where rank {members[0]} has {first}, rank {member} has {other}. Build "
                     "the same model on every rank"
                 )
+
+
+def described(named):
+    """A line of text for each of [(what it is called, tensor)]: all but the values."""
+    return [f"{name}, {_kind(t)}" for name, t in named]
 
 
 def named_tensors(module):
@@ -83,7 +92,8 @@ def _runs(tensors, most_bytes=float("inf")):
     return [*closed, *open_ones.values()]
 
 
-def _described(t):
+def _kind(t):
     like = torch.empty_like(t, device="meta")
     order = "" if like.is_contiguous() else f" with strides {list(like.stride())}"
-    return f"{str(t.dtype)[6:]} {list(t.shape)}{order}{', to be trained' * t.requires_grad}"
+    frozen = ", frozen" if isinstance(t, torch.nn.Parameter) and not t.requires_grad else ""
+    return f"{str(t.dtype)[6:]} {list(t.shape)}{order}{frozen}"

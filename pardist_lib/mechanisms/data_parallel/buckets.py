@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
-__all__ = ["Bucket", "fill_buckets", "same_on_all_ranks", "synchronise"]
+__all__ = ["Bucket", "fill_buckets"]
 
 
 @dataclass(eq=False)
@@ -43,36 +42,3 @@ def fill_buckets(tensors, bucket_mb=25, first_bucket_mb=None):
 def _strides(t):
     """The order of t's elements in memory, without gaps."""
     return torch.empty_like(t, device="meta").stride()
-
-
-@torch.no_grad()
-def synchronise(tensors, group=None, bucket_mb=25):
-    """Set tensors (parameters, buffers) to those of the group's first rank, in place; a broadcast for each bucket."""
-    for bucket in fill_buckets([t.detach() for t in tensors], bucket_mb):
-        for t, view in zip(bucket.parameters, bucket.views, strict=True):
-            view.copy_(t)
-        dist.broadcast(bucket.flat.view(torch.uint8), group=group, group_src=0)  # gloo does not know every dtype
-        for t, view in zip(bucket.parameters, bucket.views, strict=True):
-            t.copy_(view)
-
-
-def same_on_all_ranks(module, group):
-    """Raise ValueError, on every rank, where the ranks' models cannot be averaged tensor by tensor."""
-    kinds = [("parameter", module.named_parameters()), ("buffer", module.named_buffers())]
-    mine = [(kind, name, f"{str(t.dtype)[6:]} {list(t.shape)}{_order(t)}" + ", to be trained" * t.requires_grad)
-            for kind, tensors in kinds for name, t in tensors]  # fmt: skip
-    everyone = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    for rank, theirs in enumerate(everyone):
-        for (kind, name, what), other in zip(everyone[0], theirs, strict=False):
-            if other != (kind, name, what):
-                raise ValueError(f"the ranks' models differ: {kind} {name} is {what} on rank 0, where rank {rank} has "
-                                 f"{other[0]} {other[1]}, {other[2]}")  # fmt: skip
-        if len(theirs) != len(everyone[0]):
-            counts = f"{len(everyone[0])} tensors on rank 0, {len(theirs)} on rank {rank}"
-            raise ValueError(f"the ranks' models differ: {counts}")
-
-
-def _order(t):
-    like = torch.empty_like(t, device="meta")
-    return "" if like.is_contiguous() else f" with strides {list(like.stride())}"

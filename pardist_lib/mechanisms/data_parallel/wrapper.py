@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from ..collectives.agreement import check_same_model, named_tensors, take_from_first
 from ..group import rank_and_size
 from .batches import rows_of, tensors_in, without_rows
-from .buckets import fill_buckets, same_on_all_ranks, synchronise
+from .buckets import fill_buckets
 from .sync_batch_norm import SyncBatchNorm
 
 __all__ = ["DataParallel", "all_reduce_hook", "naive_average"]
@@ -91,13 +92,13 @@ class DataParallel(nn.Module):
         super().__init__()
         _, self.n = rank_and_size(group)
         _check(module, bucket_mb, first_bucket_mb)
-        same_on_all_ranks(module, group)
+        check_same_model(named_tensors(module), group)
         if not any(p.requires_grad for p in module.parameters()):
             raise ValueError(f"{type(module).__name__} has no trainable parameters: there is no gradient to average")
         self.group, self.overlap, self.comm_hook = group, overlap and not find_unused_parameters, comm_hook
         self.find_unused_parameters, self.broadcast_buffers = find_unused_parameters, broadcast_buffers
         self.module = SyncBatchNorm.convert(module, group) if sync_batch_norm else module
-        synchronise([*module.parameters(), *module.buffers()], group, bucket_mb)
+        take_from_first([*module.parameters(), *module.buffers()], group, bucket_mb)
         self._syncing, self._joining = True, False
         self._listen({p: name for name, p in module.named_parameters() if p.requires_grad}, bucket_mb, first_bucket_mb)
 
@@ -121,7 +122,7 @@ class DataParallel(nn.Module):
         if torch.is_grad_enabled():
             self._check_forward([*args, *kwargs.values()])
             if self.broadcast_buffers and self._syncing and self.training:
-                synchronise(list(self.module.buffers()), self.group)
+                take_from_first(list(self.module.buffers()), self.group)
         return self.module(*args, **kwargs)
 
     def _check_forward(self, given):

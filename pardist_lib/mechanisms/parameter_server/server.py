@@ -20,13 +20,13 @@ Sources: Li et al., "Scaling Distributed Machine Learning with the Parameter Ser
 """
 
 import operator
-import zlib
 from contextlib import nullcontext, suppress
 
 import torch
 import torch.distributed as dist
 
-from ..group import rank_and_size, within
+from ..collectives.agreement import compare, described, named_tensors
+from ..group import check_optimizer, rank_and_size, within
 from .flat_buffer import FlatBuffer
 from .loop import FAILED, GOODBYE, LEAVING, Applied, ServerLoop
 
@@ -164,10 +164,7 @@ class ParameterServer:
             raise ValueError('a parameter server needs gloo: init_process_group("cpu:gloo,cuda:nccl") has both')
         if not self.parameters:
             raise ValueError("this module has no parameter that requires a gradient: there is nothing to train")
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if strangers := held - {id(p) for p in self.module.parameters()}:
-            raise ValueError(f"{len(strangers)} of the optimizer's {len(held)} parameters are not the module's: make "
-                             "it of module.parameters()")  # fmt: skip
+        check_optimizer(self.module, self.optimizer)
         if self.push not in ("gradients", "parameters"):
             raise ValueError(f'push is "gradients" or "parameters", not {self.push!r}')
         if self.synchronous and (self.staleness is not None or self.schedule is not None):
@@ -178,27 +175,21 @@ class ParameterServer:
             raise ValueError(f"the schedule names rank {wrong[0]}: the workers are {self.workers}")
 
     def _agree(self):
-        """Every worker says what its module looks like; the server hears all and answers each, so that all raise where
-        one differs."""
-        named = [*self.module.named_parameters(), *self.module.named_buffers()]
-        told = [(name, str(t.dtype), list(t.shape), t.requires_grad) for name, t in named]
-        mine = torch.tensor([sum(t.numel() for _, t in named), zlib.crc32(repr(told).encode())])
+        """Every worker tells the server what its module looks like, the server tells all of them what it heard: where one
+        differs, all raise."""
+        mine = described(named_tensors(self.module))
+        everyone = [mine] * (len(self.workers) + 1)
         if self.serving:
-            theirs = {worker: torch.empty_like(mine) for worker in self.workers}
-            for worker, one in theirs.items():
-                self.receive(one, worker)
-            others = {worker: one for worker, one in theirs.items() if not torch.equal(mine, one)}
-            other = next(iter(others.values()), mine)
-            works = [self.send(mine if worker in others else other, worker) for worker in self.workers]
+            for worker in self.workers:
+                dist.recv_object_list(heard := [None], group=self.group, group_src=worker)
+                everyone[worker] = heard[0]
+            for worker in self.workers:
+                dist.send_object_list([everyone], group=self.group, group_dst=worker)
         else:
-            works, other = [self.send(mine, self.server)], torch.empty_like(mine)
-            self.receive(other, self.server)
-        for work in works:
-            work.wait()
-        if not torch.equal(mine, other):
-            raise ValueError(f"the ranks have different modules: rank {self.rank} one of {int(mine[0]):,} elements, "
-                             f"another rank one of {int(other[0]):,}; names, shapes, dtypes and requires_grad must "
-                             "agree on all ranks")  # fmt: skip
+            dist.send_object_list([mine], group=self.group, group_dst=self.server)
+            dist.recv_object_list(heard := [None], group=self.group, group_src=self.server)
+            everyone = heard[0]
+        compare(everyone, self.group)
 
     def _start(self):
         """All parameters and buffers, frozen ones too, from the server to every worker."""

@@ -13,11 +13,11 @@ Models" (2020), section 5; flat parameters: Zhao et al., "PyTorch FSDP" (2023), 
 """
 
 import weakref
-from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 
+from ..collectives.agreement import check_same_model, take_from_first
 from ..group import rank_and_size, split_sizes
 
 
@@ -34,7 +34,7 @@ class FlatShards:
         self.trainable = self.whole[0].requires_grad
         self.line = torch.cat([p.detach().flatten() for p in self.whole])
         if n > 1:
-            dist.broadcast(self.line, dist.get_process_group_ranks(group or dist.group.WORLD)[0], group=group)
+            take_from_first([self.line], group)
         self.lengths = [p.numel() for p in self.whole]
         for p, part in zip(self.whole, self.line.split(self.lengths), strict=True):
             p.data = part.view(p.shape)
@@ -133,13 +133,6 @@ class FlatShards:
 # ---- what all ranks must agree on -----------------------------------------------------------------------------
 
 
-def take_from_first(tensor, group=None):
-    """A buffer, or a frozen parameter, gets the values of the group's first rank."""
-    if not tensor.is_contiguous():
-        tensor.data = tensor.detach().contiguous()  # gloo sends no gaps, and an expanded tensor cannot be written to
-    dist.broadcast(tensor.detach(), dist.get_process_group_ranks(group or dist.group.WORLD)[0], group)
-
-
 def check_parameters(parameters, names, group=None):
     """Raise ValueError, on every rank, unless all ranks have the same parameters; and where one cannot be sharded."""
     for p, name in zip(parameters, names, strict=True):
@@ -151,19 +144,7 @@ def check_parameters(parameters, names, group=None):
             raise ValueError(
                 f"{name} is on the meta device: give it memory first, with to_empty and its initial values"
             )
-    rank_and_size(group)
-    told = [f"{name}, {str(p.dtype)[6:]} {list(p.shape)}" + ", frozen" * (not p.requires_grad)
-            for p, name in zip(parameters, names, strict=True)]  # fmt: skip
-    everyone = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, told, group)
-    members = dist.get_process_group_ranks(group or dist.group.WORLD)
-    for member, theirs in zip(members, everyone, strict=True):
-        for a, b in zip_longest(everyone[0], theirs, fillvalue="nothing more"):
-            if a != b:
-                raise ValueError(
-                    f"ranks have different parameters: where rank {members[0]} has {a}, rank {member} has {b}. "
-                    "Build the same model on every rank before sharding it"
-                )
+    check_same_model([*zip(names, parameters, strict=True)], group)
 
 
 def check_trainable(parameters):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.autograd import Variable
 
+from ..collectives.agreement import take_from_first
 from ..group import rank_and_size
 from .courier import Courier
 from .flat_shards import (
@@ -25,7 +26,6 @@ from .flat_shards import (
     check_parameters,
     check_trainable,
     clip_sharded_grad_norm_,
-    take_from_first,
 )
 from .optimizer import ShardedOptimizer
 from .state import check_origin, copied, cut_state, full_optimizer_state, load_full_optimizer_state
@@ -85,8 +85,7 @@ class ShardedDataParallel(nn.Module):
         self.module, self.stage, self.group = module, stage, group
         self.reshard, self.prefetch = stage == 3 and reshard_after_forward, stage == 3 and prefetch
         self._units = make_units(module, units, group, keep_whole=stage == 2)
-        for buffer in module.buffers():
-            take_from_first(buffer, group)
+        take_from_first(list(module.buffers()), group)
         self._lines = [line for unit in self._units for line in unit.lines]
         self._trained = [line for line in self._lines if line.trainable]
         self._used = UsedParameters([n for line in self._trained for n in line.names], find_unused_parameters, group)

@@ -8,6 +8,7 @@ Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion
 import torch
 from torch.optim import Optimizer
 
+from ..collectives.agreement import take_from_first
 from ..group import rank_and_size
 from .courier import Courier, prepared_gather
 from .flat_shards import (
@@ -17,7 +18,6 @@ from .flat_shards import (
     check_parameters,
     check_trainable,
     clip_sharded_grad_norm_,
-    take_from_first,
 )
 from .state import check_origin, cut_piece, full_optimizer_state, load_full_optimizer_state
 
@@ -87,7 +87,7 @@ class ShardedOptimizer(Optimizer):
         buckets, kinds = [], {}
         for p, name in reversed(list(zip(parameters, names, strict=True))):  # about the order of backward
             if not p.requires_grad:
-                take_from_first(p, self.group)
+                take_from_first([p], self.group)
             else:
                 kind = p.dtype, p.device
                 bucket = kinds.get(kind)

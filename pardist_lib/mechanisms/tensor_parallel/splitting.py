@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..collectives.agreement import take_from_first
 from ..collectives.rooted import scatter_along, star
 from ..group import rank_and_size, split_sizes
 
@@ -28,7 +29,7 @@ def first_ranks_copy(whole, group=None):
     """The tensor of the group's first rank, as a new one."""
     copy = whole.detach().clone(memory_format=torch.contiguous_format)
     if not whole.is_meta and rank_and_size(group)[1] > 1:
-        dist.broadcast(copy.view(-1).view(torch.uint8), group_src=0, group=group)  # gloo does not know every dtype
+        take_from_first([copy], group)
     return copy
 
 
