@@ -175,8 +175,8 @@ class ParameterServer:
             raise ValueError(f"the schedule names rank {wrong[0]}: the workers are {self.workers}")
 
     def _agree(self):
-        """Every worker tells the server what its module looks like, the server tells all of them what it heard: where one
-        differs, all raise."""
+        """Workers tell the server what their modules look like, and hear from it what all said: where one differs, all
+        raise."""
         mine = described(named_tensors(self.module))
         everyone = [mine] * (len(self.workers) + 1)
         if self.serving:
