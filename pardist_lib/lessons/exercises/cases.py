@@ -1,10 +1,67 @@
 """What checks have in common: the inputs they give, and how they judge what happened to a tensor or a number."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 
+from ..worlds import group_of
 from .judge import Wrong, a, same
 from .watch import watched
+
+F32, F64, I64 = torch.float32, torch.float64, torch.int64
+PAIRS = ((0, 2), (1, 3))  # two groups of two ranks each
+
+# ---- cases ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def what_is_new(new):
+    """What is wrong inside is said with what is new in this case: "with 3 ranks (is a 4 written into it?): …".
+
+    new: "" where nothing is, as in the first case.
+    """
+    try:
+        yield
+    except Wrong as wrong:
+        if new:
+            wrong.diagnosis = f"{new}: {wrong.diagnosis}"
+        raise
+
+
+def groups_of(in_pairs, n=4):
+    """The groups of a case, each a tuple of ranks: two pairs, or all n ranks as one."""
+    return PAIRS if in_pairs else (tuple(range(n)),)
+
+
+def own_group(in_pairs):
+    """On a rank: the keyword that gives an answer its group, {} where that is all ranks. Every rank has to call it."""
+    groups = [group_of(members) for members in PAIRS] if in_pairs else []
+    return {"group": groups[dist.get_rank() % 2]} if in_pairs else {}
+
+
+def call(answer, inputs, *args, **options):
+    """On a rank: `answer(*inputs.values(), *args, **options)`, watched.
+
+    inputs: {name: tensor, or None}. seen.kept["given"] is what they were, seen.kept["changed"] the names of those that
+    the answer wrote into: see `untouched`.
+    """
+    given = {name: t if t is None else t.detach().clone() for name, t in inputs.items()}
+    seen = watched(answer, *inputs.values(), *args, **options)
+    changed = [name for name, t in inputs.items() if t is not None and not torch.equal(t.detach(), given[name])]
+    seen.kept = {"given": given, "changed": changed}
+    return seen
+
+
+def untouched(seen, about):
+    """Raise Wrong where an answer wrote into what it was given: the other half of `call`."""
+    for rank, one in enumerate(seen):
+        if one.kept["changed"]:
+            why = f"`{one.kept['changed'][0]}` was changed: += and calls ending in _ write into what was given"
+            raise Wrong(why, f"rank {rank}, {about}")
+
+
+# ---- tensors and numbers --------------------------------------------------------------------------------------
 
 
 def values(shape, dtype, rank, seed=0):
@@ -23,7 +80,6 @@ def call_with_tensor(answer, shape, dtype, seed, *args):
     return seen
 
 
-F32, F64, I64 = torch.float32, torch.float64, torch.int64
 CASES = (  # ranks, shape, dtype: one thing after the other departs from the first case
     (4, (8,), F32),
     (4, (10,), F32),

@@ -44,11 +44,12 @@ def same(got, expected, what, about="", mistakes=(), before=None, labels=None, t
 
     got       what each rank has, or what came out in each case: anything at all
     labels    the ranks' numbers, or instead of `what` a name for each case; None for ranks 0, 1, 2, …
-    expected  list of tensors
+    expected  a tensor that all of them have to be, or a list with one for each
     what      its name in a sentence: "the gradient of fc1.weight"
-    mistakes  (diagnosis, what it would give: a list like `expected`, None where that is not known) in order
+    mistakes  (diagnosis, what it would give: as `expected`, None where that is not known) in order
     before    what was there before the call, a list like `expected`
     """
+    expected = _for_each(expected, len(got))
     bad = [i for i, (g, e) in enumerate(zip(got, expected, strict=True)) if not equal(g, e, tolerance)]
     if not bad:
         return
@@ -65,9 +66,14 @@ def same(got, expected, what, about="", mistakes=(), before=None, labels=None, t
     shown = show(expected[first], at), show(got[first], at)
     where += f", from element {at}" if at else ""
     for diagnosis, would in mistakes:
+        would = _for_each(would, len(got))
         if all(would[i] is not None and equal(got[i], would[i], tolerance) for i in bad):
             raise Wrong(diagnosis, where, *shown)
     raise Wrong(_pattern(got[first], expected[first], before and before[first], what, tolerance), where, *shown)
+
+
+def _for_each(value, count):
+    return list(value) if isinstance(value, (list, tuple)) else [value] * count
 
 
 def _other_kind(got, expected, what):
@@ -166,6 +172,24 @@ def only_calls(seen, allowed, because):
         for call in one.calls:
             if call.op not in allowed:
                 raise Wrong(because.get(call.op, because[""]).format(op=call.op), f"rank {rank}")
+
+
+def only_within(members, mine, about):
+    """Raise `Wrong` where a call goes over other ranks than those of the answer's group. mine: its members' `Seen`."""
+    for rank, one in zip(members, mine, strict=True):
+        if strange := [call.op for call in one.calls if call.group and set(call.group) != set(members)]:
+            raise Wrong(f"{strange[0]} goes over all ranks: `group` is missing from it", f"rank {rank}, {about}")
+
+
+def as_many_bytes(members, mine, what, size, about, calls=1):
+    """Raise `Wrong` unless each rank gives `size` bytes to at most `calls` calls. what: "the output", right by now."""
+    for rank, one in zip(members, mine, strict=True):
+        made = [call.bytes for call in one.calls]
+        if sum(made) != size or len(made) > calls:
+            op = one.calls[0].op if made else "all_reduce"
+            why = f"{what} is right, but {len(made)} {op} of {sum(made):,} bytes are made for {size:,}"
+            shown = f"{calls} of {size:,} bytes", f"{len(made)} of {sum(made):,} bytes"
+            raise Wrong(why, f"rank {rank}, {about}", *shown)
 
 
 def by_hand(seen):
