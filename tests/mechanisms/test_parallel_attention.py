@@ -249,7 +249,7 @@ def dropped():
     qkv = torch.randn(1, 6, 6, dtype=torch.float64)
     torch.manual_seed(1)
     outputs = [part(x).detach(), part(x).detach()]
-    from pardist_lib.mechanisms.tensor_parallel.sequence import random_per_rank
+    from pardist_lib.mechanisms.tensor_parallel.on_part import random_per_rank
 
     with random_per_rank():
         own = attend(qkv, 1, 1, dropout=0.5)  # the same head everywhere: other places are dropped

@@ -1,12 +1,14 @@
 """Collectives from send and receive: what `torch.distributed` and NCCL do, in Python, one function each.
 
     point_to_point.py   messages between two ranks, of which all others are made
+    buffers.py          tensors as messages need them
     rooted.py           those with a root: broadcast, reduce, gather, scatter, along a star, a tree, a chain
     ring.py             all-reduce, reduce-scatter and all-gather from neighbour to neighbour
     direct.py           reduce-scatter and all-gather in one round of all with all
     reductions.py       all-reduce, reduce-scatter and all-gather in other ways
     all_to_all.py       a chunk from every rank for every other one
     autograd.py         those that know their own backward
+    agreement.py        the same model on every rank, the first one's values, sums of many tensors
 
 Ways to do the same thing, with α seconds for a message, β seconds for a byte, S bytes of the whole tensor, n ranks:
 

@@ -3,6 +3,7 @@
 n: ranks of the group; S: bytes of all tensors together. `group`: a process group, None for all ranks.
 """
 
+from collections import defaultdict
 from itertools import zip_longest
 
 import torch
@@ -55,41 +56,43 @@ def take_from_first(tensors, group=None, bucket_mb=25):
     for t in tensors:
         if any(step == 0 and size > 1 for size, step in zip(t.shape, t.stride(), strict=True)):
             t.data = t.detach().clone(memory_format=torch.contiguous_format)  # an expanded one cannot be written to
-    for run in _runs([t.detach() for t in tensors], bucket_mb * 2**20):
-        flat = torch.cat([t.reshape(-1) for t in run])
+    for bucket in _buckets([t.detach() for t in tensors], bucket_mb * 2**20):
+        flat = torch.cat([t.reshape(-1) for t in bucket])
         dist.broadcast(flat.view(torch.uint8), group=group, group_src=0)  # gloo does not know every dtype
-        for t, part in zip(run, flat.split([t.numel() for t in run]), strict=True):
+        for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             t.copy_(part.view(t.shape))
 
 
 @torch.no_grad()
 def sum_over_ranks(tensors, group=None, *, scale=1.0, dtype=None):
-    """[Σ over the ranks of scale · tensor], as new tensors, in the order given.
+    """[Σ over the ranks of scale · tensor], as new tensors, in the order given. tensors: a list, of floating point.
 
     scale: this rank's factor, applied before the sum; with 0 nothing is taken from this rank, not even its NaN.
     dtype: the precision in which they travel and are added up; None: each in its own.
     All-reduces S bytes (of `dtype`), in one call for each dtype and device.
     """
     sums = {}
-    for run in _runs(tensors):
-        flat = torch.cat([t.reshape(-1) for t in run])
+    for bucket in _buckets(tensors):
+        flat = torch.cat([t.reshape(-1) for t in bucket])
         flat = (flat.mul_(scale) if scale else flat.zero_()).to(dtype or flat.dtype)  # 0 times NaN is NaN
         dist.all_reduce(flat, group=group)
-        for t, part in zip(run, flat.split([t.numel() for t in run]), strict=True):
+        for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             sums[id(t)] = part.view(t.shape)
     return [sums[id(t)] for t in tensors]
 
 
-def _runs(tensors, most_bytes=float("inf")):
-    """`tensors` in lists of one dtype and device each, closed when they have reached `most_bytes`; without empty ones
-    of no elements. The same tensors give the same lists on every rank."""
-    closed, open_ones = [], {}
+def _buckets(tensors, most_bytes=float("inf")):
+    """`tensors` in lists of one dtype and device each, each full once it has `most_bytes`. The same tensors give the
+    same lists on every rank."""
+    full, filling, held = [], defaultdict(list), defaultdict(int)
     for t in tensors:
-        run = open_ones.setdefault((t.dtype, t.device), [])
-        run.append(t)
-        if sum(member.nbytes for member in run) >= most_bytes:
-            closed.append(open_ones.pop((t.dtype, t.device)))
-    return [*closed, *open_ones.values()]
+        kind = t.dtype, t.device
+        filling[kind].append(t)
+        held[kind] += t.nbytes
+        if held[kind] >= most_bytes:
+            full.append(filling.pop(kind))
+            held[kind] = 0
+    return [*full, *filling.values()]
 
 
 def _kind(t):

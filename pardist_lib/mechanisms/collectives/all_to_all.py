@@ -8,7 +8,8 @@ Sources: Bruck et al., "Efficient Algorithms for All-to-All Communications in Mu
 import torch
 
 from ..group import rank_and_size, split_sizes
-from .point_to_point import exchange, overlap, place_for, rows, wait
+from .buffers import out_or_new, rows
+from .point_to_point import exchange, pipelined, wait
 from .rooted import gather_along, scatter_along, star
 
 
@@ -27,7 +28,7 @@ def pairwise_all_to_all(tensor, send_sizes=None, receive_sizes=None, out=None, g
     receive_sizes = [send_sizes[rank]] * n if receive_sizes is None else list(receive_sizes)
     if len(send_sizes) != n or sum(send_sizes) != len(whole) or receive_sizes[rank] != send_sizes[rank]:
         raise ValueError(f"send_sizes {send_sizes}, receive_sizes {receive_sizes} do not fit {len(whole)} rows")
-    out = place_for(out, (sum(receive_sizes), *whole.shape[1:]), like=tensor)
+    out = out_or_new(out, (sum(receive_sizes), *whole.shape[1:]), like=tensor)
     leaving, arriving = whole.split(send_sizes), out.split(receive_sizes)
 
     def step(i):
@@ -37,7 +38,7 @@ def pairwise_all_to_all(tensor, send_sizes=None, receive_sizes=None, out=None, g
         wait(works)
 
     arriving[rank].copy_(leaving[rank])
-    overlap(step(i) for i in range(1, n))
+    pipelined(step(i) for i in range(1, n))
     return out
 
 
@@ -53,7 +54,7 @@ def naive_all_to_all(tensor, out=None, group=None):
     if rank == 0:
         columns = gathered.view(n, *whole.shape).split(sizes, 1)  # (sender, rows for one receiver, …)
         dealt = torch.cat([column.flatten(0, 1) for column in columns])
-    out = place_for(out, (n * sizes[rank], *whole.shape[1:]), like=tensor)
+    out = out_or_new(out, (n * sizes[rank], *whole.shape[1:]), like=tensor)
     return scatter_along(star, out, dealt, 0, [n * size for size in sizes], group)
 
 
@@ -78,6 +79,6 @@ def bruck_all_to_all(tensor, out=None, group=None):
         held[moving] = arriving
         step *= 2
     # held[d] came from the rank d before this one
-    result = place_for(out, whole.shape, like=tensor)
+    result = out_or_new(out, whole.shape, like=tensor)
     result.view_as(held).copy_(held.flip(0).roll(rank + 1, 0))
     return result

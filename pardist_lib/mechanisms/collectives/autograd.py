@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from ..group import rank_and_size, split_sizes
+from .point_to_point import on_nccl
 from .ring import ring_all_gather, ring_reduce_scatter
 
 
@@ -185,7 +186,7 @@ def gathered(x, dim, sizes, group=None):
     shapes = [(*x.shape[:dim], size, *x.shape[dim + 1 :]) for size in sizes]
     counts = [torch.Size(shape).numel() for shape in shapes]
     flat = x.contiguous().view(-1)
-    if _nccl(x, group) and len(set(sizes)) == 1:
+    if on_nccl(x, group) and len(set(sizes)) == 1:
         whole = flat.new_empty(sum(counts))
         dist.all_gather_into_tensor(whole, flat, group=group)
     else:
@@ -202,16 +203,12 @@ def scattered_sum(x, dim, group=None):
     if n == 1:
         return x.clone(memory_format=torch.contiguous_format)
     first = x.movedim(dim, 0).contiguous()
-    if _nccl(x, group) and x.size(dim) % n == 0:
+    if on_nccl(x, group) and x.size(dim) % n == 0:
         slice_ = first.new_empty((x.size(dim) // n, *first.shape[1:]))
         dist.reduce_scatter_tensor(slice_, first, group=group)
     else:
         slice_ = ring_reduce_scatter(first, group=group)
     return slice_.movedim(0, dim).contiguous()
-
-
-def _nccl(x, group):
-    return x.is_cuda and "cuda:nccl" in dist.get_backend_config(group)
 
 
 def _dimension(x, dim):

@@ -2,7 +2,7 @@
 
 A ring passes chunks from neighbour to neighbour, in n − 1 steps of which each waits for the one before. Here no
 message waits for another. The bytes are the same, as every byte travels once; but a rank talks to all others at
-once, where a ring of nodes uses each link for one neighbour, and it needs room for all ranks' chunks.
+once, where a ring of nodes uses each link for one neighbour, and it needs memory for all ranks' chunks.
 
 Starting and ending are functions of their own, so that a rank can compute in between without a thread.
 The package's docstring says what holds for all.
@@ -12,7 +12,8 @@ Source: Thakur, Rabenseifner, Gropp (2005), on reduce-scatter by pairwise exchan
 import torch.distributed as dist
 
 from ..group import rank_and_size
-from .point_to_point import check_op, combine, exchange, finish, place_for, room_for_all, rows, scratch, wait
+from .buffers import all_gather_out, check_op, combine, finish, out_or_new, rows, scratch
+from .point_to_point import exchange, wait
 
 
 def direct_reduce_scatter(tensor, op=dist.ReduceOp.SUM, out=None, group=None):
@@ -23,8 +24,8 @@ def direct_reduce_scatter(tensor, op=dist.ReduceOp.SUM, out=None, group=None):
     """
     rank, n = rank_and_size(group)
     chunks = rows(tensor).tensor_split(n)
-    room = scratch(chunks[rank], n, chunks[rank].numel())
-    return added_up(started_exchange(chunks, room, group), chunks, room, op, out, group)
+    theirs = scratch(chunks[rank], n, chunks[rank].numel())
+    return added_up(started_exchange(chunks, theirs, group), chunks, theirs, op, out, group)
 
 
 def direct_all_gather(tensor, sizes=None, out=None, group=None):
@@ -34,54 +35,55 @@ def direct_all_gather(tensor, sizes=None, out=None, group=None):
     Sends its own rows n − 1 times, (n − 1)/n·S where all are equal, at once.
     """
     rank, n = rank_and_size(group)
-    places, out = room_for_all(tensor, sizes, out, rank, n)
-    wait(started_all_gather(tensor, places, group))
+    shards, out = all_gather_out(tensor, sizes, out, rank, n)
+    wait(started_all_gather(tensor, shards, group))
     return out
 
 
-def started_exchange(chunks, room, group):
-    """The messages of a reduce-scatter, started; what to `wait` for. chunks: contiguous, one for each rank; room:
+def started_exchange(chunks, theirs, group):
+    """The messages of a reduce-scatter, started; what to `wait` for. chunks: contiguous, one for each rank; theirs:
     (n, elements of this rank's chunk), where the other ranks' arrive. Both stay untouched until `added_up`."""
     rank, n = rank_and_size(group)
     others = _after(rank, n)
-    return exchange([(chunks[to], to) for to in others], [(room[source], source) for source in others[::-1]], group)
+    return exchange([(chunks[to], to) for to in others], [(theirs[source], source) for source in others[::-1]], group)
 
 
-def added_up(works, chunks, room, op, out, group):
+def added_up(works, chunks, theirs, op, out, group):
     """Wait for `works`; this rank's chunk of the sum of all ranks' chunks, in `out` if given."""
     rank, n = rank_and_size(group)
     check_op(op, chunks[rank])
-    out = place_for(out, chunks[rank].shape, like=chunks[rank])
+    out = out_or_new(out, chunks[rank].shape, like=chunks[rank])
     wait(works)
     total = chunks[rank]
     for source in _after(rank, n):
-        total = combine(op, total, room[source].view_as(total), out=out)
+        total = combine(op, total, theirs[source].view_as(total), out=out)
     if n == 1:
         out.copy_(total)
     finish(op, out, n)
     return out
 
 
-def started_all_gather(shard, places, group):
-    """The messages of an all-gather, started; what to `wait` for. places: contiguous, one for each rank's shard; this
-    rank's may be `shard` itself."""
+def started_all_gather(shard, shards, group):
+    """The messages of an all-gather, started; what to `wait` for. shards: where every rank's belongs, contiguous;
+    this rank's may be `shard` itself."""
     rank, _ = rank_and_size(group)
-    mine = places[rank]
+    mine = shards[rank]
     if mine.data_ptr() != shard.data_ptr() or not shard.is_contiguous():  # else it is in its place already
         mine.copy_(shard.detach().view_as(mine))
-    return asked_for_shards(places, group) + sent_shard(places, group)
+    return asked_for_shards(shards, group) + sent_shard(shards, group)
 
 
-def asked_for_shards(places, group):
-    """The receipts of an all-gather, started; what to `wait` for. gloo's sender waits until its receipt is asked for:
-    what is asked for before this rank's shard is computed need not be waited for then."""
+def asked_for_shards(shards, group):
+    """The receives of an all-gather, started; what to `wait` for. gloo's sender waits until its receive is posted: one
+    that is posted before this rank's shard is computed need not be waited for then."""
     rank, n = rank_and_size(group)
-    return exchange(receives=[(places[source], source) for source in reversed(_after(rank, n))], group=group)
+    return exchange(receives=[(shards[source], source) for source in reversed(_after(rank, n))], group=group)
 
 
-def sent_shard(places, group):
+def sent_shard(shards, group):
+    """The sends of an all-gather, started; what to `wait` for."""
     rank, n = rank_and_size(group)
-    return exchange([(places[rank], to) for to in _after(rank, n)], group=group)
+    return exchange([(shards[rank], to) for to in _after(rank, n)], group=group)
 
 
 def _after(rank, n):

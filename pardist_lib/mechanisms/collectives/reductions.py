@@ -7,15 +7,9 @@ import torch
 import torch.distributed as dist
 
 from ..group import rank_and_size, split_sizes
-from .point_to_point import PIECE_BYTES, check_op, combine, exchange, finish, flat, place_for, room_for_all, rows, wait
-from .rooted import (
-    binomial,
-    broadcast_along,
-    gather_along,
-    reduce_along,
-    scatter_along,
-    star,
-)
+from .buffers import all_gather_out, check_op, combine, finish, flattened, out_or_new, rows
+from .point_to_point import PIECE_BYTES, exchange, wait
+from .rooted import binomial, broadcast_along, gather_along, reduce_along, scatter_along, star
 
 # ---- all-reduce, other ways -----------------------------------------------------------------------------------
 
@@ -45,12 +39,12 @@ def recursive_doubling_all_reduce(tensor, op=dist.ReduceOp.SUM, group=None):
     number of messages counts. Where n is no power of two, see `_power_of_two`.
     """
 
-    def swap_all(line, seat, size, rank_of):
-        theirs, distance = torch.empty_like(line), 1
+    def swap_all(flat, seat, size, rank_of):
+        theirs, distance = torch.empty_like(flat), 1
         while distance < size:
             partner = rank_of(seat ^ distance)
-            wait(exchange([(line, partner)], [(theirs, partner)], group))
-            combine(op, line, theirs, out=line)
+            wait(exchange([(flat, partner)], [(theirs, partner)], group))
+            combine(op, flat, theirs, out=flat)
             distance *= 2
 
     return _power_of_two(swap_all, tensor, op, group)
@@ -64,8 +58,8 @@ def halving_doubling_all_reduce(tensor, op=dist.ReduceOp.SUM, group=None):
     divides the elements; where n is no power of two, see `_power_of_two`.
     """
 
-    def halve_then_double(line, seat, size, rank_of):
-        theirs, mine, distance, steps = torch.empty_like(line[len(line) // 2 :]), line, size // 2, []
+    def halve_then_double(flat, seat, size, rank_of):
+        theirs, mine, distance, steps = torch.empty_like(flat[len(flat) // 2 :]), flat, size // 2, []
         while distance:
             keep, give = mine.tensor_split(2) if seat & distance == 0 else mine.tensor_split(2)[::-1]
             arriving, partner = theirs[: len(keep)], rank_of(seat ^ distance)
@@ -90,20 +84,20 @@ def _power_of_two(all_reduce, tensor, op, group):
     size = 1 << n.bit_length() - 1
     extra = n - size
     paired = rank < 2 * extra
-    with flat(tensor) as line:
+    with flattened(tensor) as flat:
         if paired and rank % 2 == 0:
-            wait(exchange(sends=[(line, rank + 1)], group=group))
-            wait(exchange(receives=[(line, rank + 1)], group=group))
+            wait(exchange(sends=[(flat, rank + 1)], group=group))
+            wait(exchange(receives=[(flat, rank + 1)], group=group))
             return tensor
         if paired:
-            theirs = torch.empty_like(line)
+            theirs = torch.empty_like(flat)
             wait(exchange(receives=[(theirs, rank - 1)], group=group))
-            combine(op, line, theirs, out=line)
+            combine(op, flat, theirs, out=flat)
         seat = rank // 2 if paired else rank - extra
-        all_reduce(line, seat, size, lambda s: 2 * s + 1 if s < extra else s + extra)
-        finish(op, line, n)
+        all_reduce(flat, seat, size, lambda s: 2 * s + 1 if s < extra else s + extra)
+        finish(op, flat, n)
         if paired:
-            wait(exchange(sends=[(line, rank - 1)], group=group))
+            wait(exchange(sends=[(flat, rank - 1)], group=group))
     return tensor
 
 
@@ -118,7 +112,7 @@ def naive_reduce_scatter(tensor, op=dist.ReduceOp.SUM, out=None, group=None):
     rank, n = rank_and_size(group)
     whole = rows(tensor)
     sizes = split_sizes(len(whole), n)
-    out = place_for(out, (sizes[rank], *whole.shape[1:]), like=tensor)
+    out = out_or_new(out, (sizes[rank], *whole.shape[1:]), like=tensor)
     total = reduce_along(star, whole.clone() if rank == 0 else whole, 0, op, group)
     return scatter_along(star, out, total if rank == 0 else None, 0, sizes, group)
 
@@ -129,7 +123,7 @@ def naive_all_gather(tensor, sizes=None, out=None, group=None):
     Every other rank sends its own rows, the first one (n − 1)·S, S being the result's bytes.
     """
     rank, n = rank_and_size(group)
-    shards, out = room_for_all(tensor, sizes, out, rank, n)
+    shards, out = all_gather_out(tensor, sizes, out, rank, n)
     whole = gather_along(star, tensor, 0, [len(shard) for shard in shards], group)
     return broadcast_along(star, out if whole is None else out.copy_(whole), 0, group)
 
@@ -141,7 +135,7 @@ def bruck_all_gather(tensor, sizes=None, out=None, group=None):
     it. Sends (n − 1)/n·S where all are equal, as the ring, in fewer but longer messages; one copy of S at the end.
     """
     rank, n = rank_and_size(group)
-    shards, out = room_for_all(tensor, sizes, out, rank, n)
+    shards, out = all_gather_out(tensor, sizes, out, rank, n)
     counts = [len(shards[(rank + i) % n]) for i in range(n)]  # my own rows first, then those of the ranks after me
     held = torch.empty_like(out)
     held[: counts[0]].copy_(tensor.detach().view_as(shards[rank]))

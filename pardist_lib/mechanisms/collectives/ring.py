@@ -9,7 +9,8 @@ from itertools import chain, cycle
 import torch.distributed as dist
 
 from ..group import rank_and_size
-from .point_to_point import check_op, combine, finish, flat, pieces, place_for, relay, room_for_all, rows, scratch
+from .buffers import all_gather_out, check_op, combine, finish, flattened, out_or_new, pieces, rows, scratch
+from .point_to_point import exchange, on_nccl, wait
 
 # Long chunks go round in pieces of at most this size, one after the other: it bounds the memory that a ring needs
 # beside the tensor, 2 to 4 pieces. Smaller ones cost time: each message takes processor time, whatever its size.
@@ -24,13 +25,13 @@ def ring_all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, *, piece_bytes=RIN
     """
     rank, n = rank_and_size(group)
     check_op(op, tensor)
-    with flat(tensor) as line:
-        parts = pieces(line.tensor_split(n), piece_bytes)
-        rooms = _rooms(parts, 2)
-        halves = (
-            (_ring_reduce(k, parts, rooms, op, rank, n), _ring_gather(k, parts, rank, n)) for k in range(len(parts[0]))
-        )
-        relay(chain.from_iterable(chain.from_iterable(halves)), rank, n, group)
+    with flattened(tensor) as flat:
+        parts = pieces(flat.tensor_split(n), piece_bytes)
+        buffers = _buffers(parts, 2)
+        steps = []
+        for k in range(len(parts[0])):
+            steps += [_reduce_steps(k, parts, buffers, op, rank, n), _gather_steps(k, parts, rank, n)]
+        _run_ring(chain.from_iterable(steps), rank, n, group)
     return tensor
 
 
@@ -43,13 +44,13 @@ def ring_reduce_scatter(tensor, op=dist.ReduceOp.SUM, out=None, group=None, *, p
     rank, n = rank_and_size(group)
     check_op(op, tensor)
     chunks = rows(tensor).tensor_split(n)
-    out = place_for(out, chunks[rank].shape, like=tensor)
+    out = out_or_new(out, chunks[rank].shape, like=tensor)
     parts = pieces(chunks, piece_bytes)
-    results, rooms = out.view(-1).tensor_split(len(parts[0])), _rooms(parts, 4 if n > 2 else 2)
+    results, buffers = out.view(-1).tensor_split(len(parts[0])), _buffers(parts, 4 if n > 2 else 2)
     if n == 1:
         out.copy_(chunks[0])
-    steps = (_ring_reduce(k, parts, rooms, op, rank, n, result) for k, result in enumerate(results))
-    relay(chain.from_iterable(steps), rank, n, group)
+    steps = (_reduce_steps(k, parts, buffers, op, rank, n, result) for k, result in enumerate(results))
+    _run_ring(chain.from_iterable(steps), rank, n, group)
     return out
 
 
@@ -60,45 +61,73 @@ def ring_all_gather(tensor, sizes=None, out=None, group=None, *, piece_bytes=RIN
     Rank r sends the result's bytes minus those of rank r + 1's rows, (n − 1)/n·S where all are equal, in n − 1 steps.
     """
     rank, n = rank_and_size(group)
-    shards, out = room_for_all(tensor, sizes, out, rank, n)
+    shards, out = all_gather_out(tensor, sizes, out, rank, n)
     if shards[rank].data_ptr() != tensor.data_ptr() or not tensor.is_contiguous():  # else it is in its place already
         shards[rank].copy_(tensor.detach().view_as(shards[rank]))
     parts = pieces(shards, piece_bytes)
-    steps = (_ring_gather(k, parts, rank, n) for k in range(len(parts[0])))
-    relay(chain.from_iterable(steps), rank, n, group)
+    steps = (_gather_steps(k, parts, rank, n) for k in range(len(parts[0])))
+    _run_ring(chain.from_iterable(steps), rank, n, group)
     return out
 
 
-def _ring_reduce(k, parts, rooms, op, rank, n, result=None):
+# ---- steps: (what leaves to rank + 1, what arrives from rank − 1, what to do then or None) --------------------
+
+
+def _reduce_steps(k, parts, buffers, op, rank, n, result=None):
     """Piece k of every chunk goes once round the ring: chunk c starts at rank c + 1, visits every rank, ends at c.
 
-    On its way it takes up each rank's own numbers, so what ends at rank c is complete. The sums overwrite this rank's
-    own numbers; or, where `result` has room for the last one, they leave them alone.
+    On its way each rank adds its own numbers, so what ends at rank c is complete. The sums overwrite this rank's own
+    numbers; or, where the last one goes into `result`, they leave them alone.
     """
-    arrivals, sums = rooms
-    carried = parts[(rank - 1) % n][k]
+    arrivals, sums = buffers
+    leaving = parts[(rank - 1) % n][k]
     for step in range(n - 1):
         own, last = parts[(rank - 2 - step) % n][k], step == n - 2
         arriving = next(arrivals)[: own.numel()]
         total = own if result is None else result if last else next(sums)[: own.numel()]
 
-        def take_up(own=own, arriving=arriving, total=total, last=last):
+        def add_own(own=own, arriving=arriving, total=total, last=last):
             combine(op, own, arriving, out=total)
             if last:
                 finish(op, total, n)
 
-        yield carried, arriving, take_up
-        carried = total
+        yield leaving, arriving, add_own
+        leaving = total
 
 
-def _rooms(parts, count):
-    """Where pieces arrive, in turn: two places, for one is being added up while another comes. And where sums are put
-    that must not overwrite anything: two, for the last one may still be leaving."""
+def _gather_steps(k, parts, rank, n):
+    """Piece k of every chunk goes once round the ring: chunk c starts at rank c, and every rank keeps a copy."""
+    for step in range(n - 1):
+        yield parts[(rank - step) % n][k], parts[(rank - step - 1) % n][k], None
+
+
+def _buffers(parts, count):
+    """Where pieces arrive, in turn: two buffers, for one is being added up while another comes. And where sums go that
+    must not overwrite anything: two, for the last one may still be leaving."""
     spare = scratch(parts[0][0], count, max(chunk[0].numel() for chunk in parts))
     return cycle(spare[:2]), cycle(spare[2:])
 
 
-def _ring_gather(k, parts, rank, n):
-    """Piece k of every chunk goes once round the ring: chunk c starts at rank c, and every rank keeps a copy."""
-    for step in range(n - 1):
-        yield parts[(rank - step) % n][k], parts[(rank - step - 1) % n][k], None
+def _run_ring(steps, rank, n, group):
+    """One step after the other.
+
+    Each receive is posted one step ahead: gloo's sender waits until there is a place for its message, and a process
+    that waits for its turn on a core says so late. For the same reason a step does not wait for its own message to
+    be gone, only for the one before. (nccl has to start a step's sending and receiving together.)
+    """
+    to, source = (rank + 1) % n, (rank - 1) % n
+    steps = iter(steps)
+    step, receiving, sending = next(steps, None), [], []
+    ahead = step is not None and not on_nccl(step[0], group)
+    if ahead:
+        receiving = exchange(receives=[(step[1], source)], group=group)
+    while step is not None:
+        (leaving, arriving, then), step = step, next(steps, None)
+        sent_before, received = sending, receiving
+        sending = exchange([(leaving, to)], [] if ahead else [(arriving, source)], group)
+        if ahead and step is not None:
+            receiving = exchange(receives=[(step[1], source)], group=group)
+        wait([*received, *sent_before] if ahead else sending)
+        if then:
+            then()
+    wait(sending)

@@ -17,19 +17,8 @@ import torch
 import torch.distributed as dist
 
 from ..group import rank_and_size, within
-from .point_to_point import (
-    PIECE_BYTES,
-    check_op,
-    combine,
-    exchange,
-    finish,
-    flat,
-    overlap,
-    pieces,
-    rows,
-    sizes_of_all,
-    wait,
-)
+from .buffers import check_op, checked_sizes, combine, finish, flattened, pieces, rows
+from .point_to_point import PIECE_BYTES, exchange, pipelined, wait
 
 # ---- the trees: who is above and who is below `seat`, counted from the root's seat 0 --------------------------
 
@@ -94,7 +83,7 @@ def broadcast_along(tree, tensor, root, group, piece_bytes=PIECE_BYTES):
     rank, n = rank_and_size(group)
     parent, children = neighbours(tree, rank, root, n)
 
-    def journey(piece):
+    def pass_on(piece):
         if parent is not None:
             arriving = exchange(receives=[(piece, parent)], group=group)
             yield
@@ -103,8 +92,8 @@ def broadcast_along(tree, tensor, root, group, piece_bytes=PIECE_BYTES):
         yield
         wait(leaving)
 
-    with flat(tensor) as line:
-        overlap(journey(piece) for piece in pieces([line], piece_bytes)[0])
+    with flattened(tensor) as flat:
+        pipelined(pass_on(piece) for piece in pieces([flat], piece_bytes)[0])
     return tensor
 
 
@@ -132,14 +121,14 @@ def reduce_along(tree, tensor, root, op, group, piece_bytes=PIECE_BYTES):
     check_op(op, tensor)
     parent, children = neighbours(tree, rank, root, n)
 
-    def journey(piece):
-        inbox = [torch.empty_like(piece) for _ in children]
-        arriving = exchange(receives=list(zip(inbox, children, strict=True)), group=group)
+    def add_up(piece):
+        theirs = [torch.empty_like(piece) for _ in children]
+        arriving = exchange(receives=list(zip(theirs, children, strict=True)), group=group)
         yield
         wait(arriving)
         total = piece
-        for part in inbox:
-            total = combine(op, total, part, out=piece if parent is None else inbox[0])
+        for part in theirs:
+            total = combine(op, total, part, out=piece if parent is None else theirs[0])
         if parent is None:
             finish(op, piece, n)
             return
@@ -147,8 +136,8 @@ def reduce_along(tree, tensor, root, op, group, piece_bytes=PIECE_BYTES):
         yield
         wait(leaving)
 
-    with flat(tensor) as line:
-        overlap(journey(piece) for piece in pieces([line], piece_bytes)[0])
+    with flattened(tensor) as flat:
+        pipelined(add_up(piece) for piece in pieces([flat], piece_bytes)[0])
     return tensor
 
 
@@ -176,7 +165,7 @@ def tree_gather(tensor, dst=0, sizes=None, group=None):
 def gather_along(tree, tensor, root, sizes, group):
     rank, n = rank_and_size(group)
     shard = rows(tensor)
-    sizes = sizes_of_all(sizes, len(shard), rank, n)
+    sizes = checked_sizes(sizes, len(shard), rank, n)
     parent, children = neighbours(tree, rank, root, n)
     parts = cut_branch(tree, rank, root, sizes)
     held = shard.new_empty((sum(parts), *shard.shape[1:])) if children else shard
@@ -225,7 +214,7 @@ def tree_scatter(tensor, whole=None, src=0, sizes=None, group=None):
 def scatter_along(tree, tensor, whole, root, sizes, group):
     rank, n = rank_and_size(group)
     shard = rows(tensor)
-    sizes = sizes_of_all(sizes, len(shard), rank, n)
+    sizes = checked_sizes(sizes, len(shard), rank, n)
     parent, children = neighbours(tree, rank, root, n)
     parts = cut_branch(tree, rank, root, sizes)
     shape = (sum(parts), *shard.shape[1:])

@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..group import rank_and_size
+from .checks import briefly, check_group, check_heads, check_plain, check_self_attention
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .on_part import random_per_rank
-from .splitting import check_plain, parameter, place_of, said
+from .splitting import parameter
 
 
 def attend(qkv, heads, kv_heads, *, causal=False, mask=None, dropout=0.0):
@@ -30,8 +31,8 @@ def attend(qkv, heads, kv_heads, *, causal=False, mask=None, dropout=0.0):
     """
     batch, s, width = qkv.shape
     d = width // (heads + 2 * kv_heads)
-    q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2)  # (batch, heads, s, d)
-               for part in qkv.split([heads * d, kv_heads * d, kv_heads * d], -1))  # fmt: skip
+    q, k, v = qkv.split([heads * d, kv_heads * d, kv_heads * d], -1)
+    q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2) for part in (q, k, v))  # (batch, heads, s, d)
     if kv_heads != heads:
         k, v = (part.repeat_interleave(heads // kv_heads, 1) for part in (k, v))
     y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
@@ -45,8 +46,9 @@ class Attention(nn.Module):
     x: (batch, s, embed_dim) -> (batch, s, embed_dim)
     """
 
-    def __init__(self, embed_dim, num_heads, num_kv_heads=None, *, bias=True, causal=True, dropout=0.0, device=None,
-                 dtype=None):  # fmt: skip
+    def __init__(
+        self, embed_dim, num_heads, num_kv_heads=None, *, bias=True, causal=True, dropout=0.0, device=None, dtype=None
+    ):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if min(num_heads, num_kv_heads) < 1 or embed_dim % num_heads or num_heads % num_kv_heads:
@@ -78,11 +80,23 @@ class ParallelAttention(nn.Module):
     Raises ValueError where n does not divide num_heads or num_kv_heads: a head stays whole.
     """
 
-    def __init__(self, embed_dim, num_heads, num_kv_heads=None, *, bias=True, causal=True, dropout=0.0, group=None,
-                 device=None, dtype=None, **options):  # fmt: skip
+    def __init__(
+        self,
+        embed_dim,
+        num_heads,
+        num_kv_heads=None,
+        *,
+        bias=True,
+        causal=True,
+        dropout=0.0,
+        group=None,
+        device=None,
+        dtype=None,
+        **options,
+    ):
         super().__init__()
-        whole = Attention(embed_dim, num_heads, num_kv_heads, bias=bias, causal=causal, dropout=dropout, device=device,
-                          dtype=dtype)  # fmt: skip
+        like = {"bias": bias, "causal": causal, "dropout": dropout, "device": device, "dtype": dtype}
+        whole = Attention(embed_dim, num_heads, num_kv_heads, **like)
         self._split(whole, whole.qkv, whole.out, group, options)
 
     @classmethod
@@ -92,7 +106,7 @@ class ParallelAttention(nn.Module):
         An nn.MultiheadAttention becomes a ParallelMultiheadAttention, which is called as it is. Raises ValueError for
         any other module, and for heads or options that do not split.
         """
-        place_of(group, cls.__name__)
+        check_group(group, cls.__name__)
         check_plain(module, [Attention, nn.MultiheadAttention], cls.__name__)
         kind = cls if isinstance(module, Attention) else ParallelMultiheadAttention
         split = kind.__new__(kind)
@@ -101,11 +115,12 @@ class ParallelAttention(nn.Module):
         return split.train(module.training)
 
     def _split(self, whole, qkv, out, group, options):
-        n = place_of(group, type(self).__name__)[1]
+        check_group(group, type(self).__name__)
+        _, n = rank_and_size(group)
         self.embed_dim, self.num_heads, self.dropout = whole.embed_dim, whole.num_heads, whole.dropout
         self.num_kv_heads = getattr(whole, "num_kv_heads", whole.num_heads)
         self.causal, self.group = getattr(whole, "causal", False), group
-        heads_that_fit(self.num_heads, self.num_kv_heads, n, self.embed_dim)
+        check_heads(self.num_heads, self.num_kv_heads, n, self.embed_dim)
         self.heads, self.kv_heads = self.num_heads // n, self.num_kv_heads // n
         self.qkv = ColumnParallelLinear.from_module(_rows(qkv, self._order()), group, **options)
         options = {name: value for name, value in options.items() if name != "keep_gathered"}
@@ -127,8 +142,8 @@ class ParallelAttention(nn.Module):
 
     def to_module(self):
         """The whole `Attention`, exactly, on every rank: one all-gather for each parameter that is split."""
-        whole = Attention(self.embed_dim, self.num_heads, self.num_kv_heads, causal=self.causal, dropout=self.dropout,
-                          device="meta")  # fmt: skip
+        like = {"causal": self.causal, "dropout": self.dropout, "device": "meta"}
+        whole = Attention(self.embed_dim, self.num_heads, self.num_kv_heads, **like)
         whole.qkv, whole.out = self._whole_linears()
         return whole.train(self.training)
 
@@ -138,7 +153,7 @@ class ParallelAttention(nn.Module):
 
     def _attend(self, x, causal, mask, sizes=None):
         if x.dim() != 3:
-            raise ValueError(f"{said(self)}: x has to be (batch, s, {self.embed_dim}), its shape is {list(x.shape)}")
+            raise ValueError(f"{briefly(self)}: x has to be (batch, s, {self.embed_dim}), its shape is {list(x.shape)}")
         dropout = self.dropout if self.training else 0.0
         qkv = self.qkv(x, sizes)  # (b, s, e) -> (b, s, (heads + 2·kv_heads)·d)
         with random_per_rank(self.group) if dropout else nullcontext():  # other heads, other places to drop
@@ -168,19 +183,25 @@ class ParallelMultiheadAttention(ParallelAttention):
         return qkv, module.out_proj
 
     def to_module(self):
-        whole = nn.MultiheadAttention(self.embed_dim, self.num_heads, self.dropout, bias=self.out.bias is not None,
-                                      batch_first=self.batch_first, device="meta")  # fmt: skip
+        like = {"bias": self.out.bias is not None, "batch_first": self.batch_first, "device": "meta"}
+        whole = nn.MultiheadAttention(self.embed_dim, self.num_heads, self.dropout, **like)
         qkv, out = self._whole_linears()
         whole.in_proj_weight, whole.in_proj_bias = qkv.weight, qkv.bias
         whole.out_proj.weight, whole.out_proj.bias = out.weight, out.bias
         return whole.train(self.training)
 
-    def forward(self, query, key=None, value=None, key_padding_mask=None, need_weights=True, attn_mask=None,
-                average_attn_weights=True, is_causal=False):  # fmt: skip
-        if any(other is not None and other is not query for other in (key, value)):
-            raise ValueError(f"{said(self)} does self-attention: query, key and value must be the same tensor")
-        if is_causal and attn_mask is None:
-            raise ValueError(f"{said(self)}: is_causal=True only says what attn_mask is: give the mask, too")
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        key_padding_mask=None,
+        need_weights=True,
+        attn_mask=None,
+        average_attn_weights=True,
+        is_causal=False,
+    ):
+        check_self_attention(self, query, key, value, attn_mask, is_causal)
         x = query.unsqueeze(0) if query.dim() == 2 else query if self.batch_first else query.transpose(0, 1)
         y = self._attend(x, False, self._mask(attn_mask, key_padding_mask, x))
         return (y.squeeze(0) if query.dim() == 2 else y if self.batch_first else y.transpose(0, 1)), None
@@ -206,18 +227,3 @@ def _rows(linear, order):
     for name, p in linear.named_parameters():
         setattr(other, name, parameter(p.detach()[order.to(p.device)], p))
     return other.train(linear.training)
-
-
-def heads_that_fit(heads, kv_heads, n, width):
-    """Raises ValueError where n ranks cannot have equally many whole heads, with what would fit. width: embed_dim."""
-    if heads % n == kv_heads % n == 0:
-        return
-    many, what = (heads, "heads") if heads % n else (kv_heads, "key-value heads")
-    ranks = [str(k) for k in range(1, kv_heads + 1) if heads % k == kv_heads % k == 0]
-    whole = heads if what != "heads" else width if heads == kv_heads else 0  # has to be a multiple of their number
-    fit = [m for m in range(n, whole + 1, n) if whole % m == 0]
-    near = [*[m for m in fit if m < many][-1:], *[m for m in fit if m > many][:1]]
-    raise ValueError(
-        f"ParallelAttention: {many} {what} cannot be split over {n} ranks, for a head stays whole: "
-        f"{' or '.join(ranks)} ranks would fit" + f", or {' or '.join(map(str, near))} {what}" * bool(near)
-    )

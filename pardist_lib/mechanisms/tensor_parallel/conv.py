@@ -8,9 +8,10 @@ cuts the images: where these are large and the filters few, only the halo travel
 from torch import nn
 
 from ..collectives.autograd import gathered, scatter_to_group
-from ..group import split_sizes
+from ..group import rank_and_size, split_sizes
+from .checks import check_convolution, check_group, check_plain
 from .split_conv import conv2d_by_height, conv2d_by_input_channels, conv2d_by_output_channels
-from .splitting import check_plain, first_ranks_copy, first_ranks_part, parameter, place_of
+from .splitting import first_ranks_copy, first_ranks_part, parameter
 
 CUT = {"out": 0, "in": 1, "height": None}  # the dimension of weight that is cut
 
@@ -33,14 +34,26 @@ class ParallelConv2d(nn.Module):
     """
 
     def __init__(
-        self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, bias=True, *, split="out",
-        group=None, gather_output=False, input_is_parallel=True, device=None, dtype=None,
-    ):  # fmt: skip
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        bias=True,
+        *,
+        split="out",
+        group=None,
+        gather_output=False,
+        input_is_parallel=True,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
-        conv = nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias, device=device, dtype=dtype
-        )
-        self._take(conv, split, group, gather_output, input_is_parallel)
+        sizes = in_channels, out_channels, kernel_size, stride, padding, dilation
+        conv = nn.Conv2d(*sizes, bias=bias, device=device, dtype=dtype)
+        self._split(conv, split, group, gather_output, input_is_parallel)
 
     @classmethod
     def from_module(cls, conv, group=None, split="out", *, gather_output=False, input_is_parallel=True):
@@ -49,30 +62,18 @@ class ParallelConv2d(nn.Module):
         check_plain(conv, [nn.Conv2d], cls.__name__)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._take(conv, split, group, gather_output, input_is_parallel)
+        layer._split(conv, split, group, gather_output, input_is_parallel)
         return layer
 
-    def _take(self, conv, split, group, gather_output, input_is_parallel):
-        n = place_of(group, type(self).__name__)[1]
-        if split not in CUT:
-            raise ValueError(f"ParallelConv2d: split is one of {', '.join(map(repr, CUT))}, not {split!r}")
-        if conv.groups != 1 or conv.padding_mode != "zeros":
-            raise ValueError(
-                f"ParallelConv2d splits convolutions with groups=1 and padding_mode='zeros', not {conv}: its groups "
-                "can be given to ranks whole, as convolutions of their own"
-            )
-        self.cut, channels = CUT[split], {"out": conv.out_channels, "in": conv.in_channels}.get(split, n)
-        if channels < n:
-            raise ValueError(
-                f"ParallelConv2d: {channels} {split}put channels of {conv} cannot be split over {n} ranks: at most "
-                f"{channels} ranks, or split='height'"
-            )
-        self.split, self.group, self.gather_output, self.input_is_parallel = (
-            split, group, gather_output, input_is_parallel,
-        )  # fmt: skip
+    def _split(self, conv, split, group, gather_output, input_is_parallel):
+        check_group(group, type(self).__name__)
+        _, n = rank_and_size(group)
+        check_convolution(conv, split, CUT, n)
+        self.split, self.cut, self.group = split, CUT[split], group
+        self.gather_output, self.input_is_parallel = gather_output, input_is_parallel
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
-        self.sizes = None if self.cut is None else split_sizes(channels, n)  # every rank's channels
+        self.sizes = None if self.cut is None else split_sizes(conv.weight.shape[self.cut], n)  # every rank's channels
         for name, cut in (("weight", self.cut), ("bias", self._bias_cut)):
             whole = part = getattr(conv, name)
             if whole is not None:
@@ -103,10 +104,8 @@ class ParallelConv2d(nn.Module):
 
         Sends (n − 1)/n of weight's bytes, with "out" also of bias's; nothing with "height".
         """
-        how = self.stride, self.padding, self.dilation
-        conv = nn.Conv2d(
-            self.in_channels, self.out_channels, self.kernel_size, *how, bias=self.bias is not None, device="meta",
-        )  # fmt: skip
+        sizes = self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation
+        conv = nn.Conv2d(*sizes, bias=self.bias is not None, device="meta")
         for name, part in self.named_parameters():
             cut = self.cut if name == "weight" else self._bias_cut
             mine = part.detach()

@@ -13,15 +13,15 @@ Source: Shoeybi et al., "Megatron-LM: Training Multi-Billion Parameter Language 
 
 from collections import OrderedDict
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..collectives.autograd import gather_from_group, gathered, scatter_to_group
-from ..group import split_sizes
+from ..group import rank_and_size, split_sizes
+from .checks import briefly, check_group, check_input, check_plain
 from .on_part import OnPart
 from .overlapped import column_linear, row_linear
-from .splitting import check_plain, first_ranks_copy, first_ranks_part, parameter, place_of, said
+from .splitting import first_ranks_copy, first_ranks_part, parameter
 
 # Between a column- and a row-parallel layer a rank sees only its own features: what is done there has to be done
 # element by element. No softmax, no LayerNorm, nothing with a parameter that all ranks share.
@@ -53,11 +53,24 @@ class ColumnParallelLinear(nn.Module):
     split_dim = 0  # of the weight; the bias goes the same way
 
     def __init__(
-        self, in_features, out_features, bias=True, *, group=None, gather_output=False, input_is_copied=False,
-        sequence_parallel=False, sequence_dim=-2, keep_gathered=True, chunks=1, device=None, dtype=None,
-    ):  # fmt: skip
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        *,
+        group=None,
+        gather_output=False,
+        input_is_copied=False,
+        sequence_parallel=False,
+        sequence_dim=-2,
+        keep_gathered=True,
+        chunks=1,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
-        self.rank, self.n = place_of(group, type(self).__name__)
+        check_group(group, type(self).__name__)
+        self.rank, self.n = rank_and_size(group)
         self.in_features, self.out_features, self.group = in_features, out_features, group
         self.gather_output, self.input_is_copied, self.chunks = gather_output, input_is_copied, chunks
         self.sequence_dim, self.keep_gathered = sequence_dim if sequence_parallel else None, keep_gathered
@@ -70,10 +83,8 @@ class ColumnParallelLinear(nn.Module):
         if self.input_is_copied:
             y = F.linear(x, self.weight, self.bias)
         else:
-            y = column_linear(
-                x, self.weight, self.bias, self.group, chunks=self.chunks, sequence_dim=self.sequence_dim, sizes=sizes,
-                keep_gathered=self.keep_gathered,
-            )  # fmt: skip
+            how = {"chunks": self.chunks, "sequence_dim": self.sequence_dim, "keep_gathered": self.keep_gathered}
+            y = column_linear(x, self.weight, self.bias, self.group, sizes=sizes, **how)
         if self.gather_output:
             y = gather_from_group(y, -1, self.group, split_sizes(self.out_features, self.n))
         return y
@@ -93,7 +104,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = None if bias is None else parameter(first_ranks_part(bias, 0, self.group), bias)
 
     def extra_repr(self):
-        return described(self) + (", gather_output=True" if self.gather_output else "")
+        return _described(self) + (", gather_output=True" if self.gather_output else "")
 
 
 class RowParallelLinear(nn.Module):
@@ -115,11 +126,22 @@ class RowParallelLinear(nn.Module):
     split_dim = 1  # of the weight; the bias is not split
 
     def __init__(
-        self, in_features, out_features, bias=True, *, group=None, input_is_parallel=True, sequence_parallel=False,
-        sequence_dim=-2, chunks=1, device=None, dtype=None,
-    ):  # fmt: skip
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        *,
+        group=None,
+        input_is_parallel=True,
+        sequence_parallel=False,
+        sequence_dim=-2,
+        chunks=1,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
-        self.rank, self.n = place_of(group, type(self).__name__)
+        check_group(group, type(self).__name__)
+        self.rank, self.n = rank_and_size(group)
         self.in_features, self.out_features, self.group = in_features, out_features, group
         self.input_is_parallel, self.chunks = input_is_parallel, chunks
         self.sequence_dim = sequence_dim if sequence_parallel else None
@@ -149,7 +171,7 @@ class RowParallelLinear(nn.Module):
         self.bias = None if bias is None else parameter(first_ranks_copy(bias, self.group), bias)
 
     def extra_repr(self):
-        return described(self) + ("" if self.input_is_parallel else ", input_is_parallel=False")
+        return _described(self) + ("" if self.input_is_parallel else ", input_is_parallel=False")
 
 
 class ParallelMLP(nn.Sequential):
@@ -157,7 +179,7 @@ class ParallelMLP(nn.Sequential):
 
     Named as nn.Sequential(nn.Linear, activation, nn.Linear) names its parts: "0", "1", "2".
     activation: a module that works element by element (default nn.GELU()); where from_module finds an nn.Dropout, each
-    rank drops features of its own (OnPart in sequence_parallel.py). out_features: in_features by default.
+    rank drops features of its own (`OnPart`). out_features: in_features by default.
     Sends forward one all-reduce of the output, backward one of the input; with sequence_parallel an all-gather and a
     reduce-scatter each way, as many bytes.
 
@@ -186,11 +208,13 @@ class ParallelMLP(nn.Sequential):
     @classmethod
     def from_module(cls, module, group=None, **options):
         """Split an nn.Sequential(nn.Linear, element by element …, nn.Linear) of the group's first rank, exactly."""
-        place_of(group, "ParallelMLP")
+        check_group(group, "ParallelMLP")
         parts = dict(module._modules) if type(module) is nn.Sequential else {}
         names, kinds = list(parts), [type(part) for part in parts.values()]
         if len(parts) < 2 or not (kinds[0] is kinds[-1] is nn.Linear):
-            raise ValueError(f"ParallelMLP splits nn.Sequential(nn.Linear, activation, nn.Linear), not {said(module)}")
+            raise ValueError(
+                f"ParallelMLP splits nn.Sequential(nn.Linear, activation, nn.Linear), not {briefly(module)}"
+            )
         first, last = _sides(options)
         parts[names[0]] = ColumnParallelLinear.from_module(parts[names[0]], group, **first)
         for name in names[1:-1]:
@@ -217,8 +241,8 @@ def _elementwise(module, group):
         return OnPart(module, group)
     if not isinstance(module, ELEMENTWISE):
         raise ValueError(
-            f"between two split layers a rank sees only its own features, so {said(module)} cannot stand there: it has "
-            f"to work element by element ({', '.join(kind.__name__ for kind in ELEMENTWISE)}, Dropout)"
+            f"between two split layers a rank sees only its own features, so {briefly(module)} cannot stand there: it "
+            f"has to work element by element ({', '.join(kind.__name__ for kind in ELEMENTWISE)}, Dropout)"
         )
     return module
 
@@ -227,7 +251,7 @@ def _elementwise(module, group):
 
 
 def _from_linear(cls, module, group, options):
-    place_of(group, cls.__name__)
+    check_group(group, cls.__name__)
     check_plain(module, [nn.Linear], cls.__name__)
     sizes = module.in_features, module.out_features, module.bias is not None
     layer = cls(*sizes, group=group, device="meta", **options)
@@ -246,29 +270,7 @@ def _to_linear(layer):
     return linear.train(layer.training)
 
 
-# ---- what does not fit ----------------------------------------------------------------------------------------
-
-
-def check_input(layer, x, width):
-    """Raises ValueError where x is not floating point, has another dtype than the weights, or not `width` features."""
-    if not x.is_floating_point():
-        raise ValueError(f"{said(layer)} needs floating point, not {x.dtype} of shape {list(x.shape)}: x.float()?")
-    if x.dtype != layer.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        ours = layer.weight.dtype
-        raise ValueError(f"{said(layer)}: the input is {x.dtype}, the weights are {ours}: x.to({ours}) fits")
-    if x.dim() == 0 or x.size(-1) != width:
-        why = ""
-        if width != layer.in_features and x.dim() and x.size(-1) == layer.in_features:
-            why = "; that is the whole input, which input_is_parallel=False would cut"
-        elif x.dim() and x.size(-1) == split_sizes(layer.in_features, layer.n)[layer.rank]:
-            why = "; that is a part of it, as a column-parallel layer leaves it without gather_output=True"
-        raise ValueError(
-            f"{said(layer)}, rank {layer.rank} of {layer.n}: the input's last dimension has to be {width}, "
-            f"its shape is {list(x.shape)}{why}"
-        )
-
-
-def described(layer):
+def _described(layer):
     part = f"{split_sizes((layer.out_features, layer.in_features)[layer.split_dim], layer.n)[layer.rank]}"
     of = ("out_features", "in_features")[layer.split_dim]
     text = f"{layer.in_features}, {layer.out_features}, bias={layer.bias is not None}, {part} of the {of}"

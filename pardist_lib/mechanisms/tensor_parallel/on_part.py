@@ -9,7 +9,8 @@ from torch.func import functional_call
 
 from ..collectives.autograd import copy_to_group
 from ..group import rank_and_size
-from .splitting import first_ranks_copy, place_of
+from .checks import check_group
+from .splitting import first_ranks_copy
 
 
 def replicated(*parameters, group=None):
@@ -60,7 +61,7 @@ class OnPart(nn.Module):
 
     def __init__(self, module, group=None):
         super().__init__()
-        place_of(group, type(self).__name__)
+        check_group(group, type(self).__name__)
         self.module, self.group = copy.deepcopy(module), group
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             tensor.data = first_ranks_copy(tensor, group)

@@ -1,7 +1,7 @@
 """Tensor parallelism: every rank has a part of each split layer, and all ranks work on the same batch.
 
-The split layers are in files of their own and can be imported from here. `parallelize` splits a whole model by a plan,
-without a change to its code; `full_state_dict` puts the parts together again.
+`parallelize` splits a whole model by a plan, without a change to its code; `full_state_dict` puts the parts together
+again. The split layers are in the other files of this folder.
 
 Source: Shoeybi et al., "Megatron-LM" (2019); the plan is written as torch.distributed.tensor.parallel's is.
 """
@@ -15,19 +15,13 @@ import torch
 from torch import nn
 
 from .attention import ParallelAttention
+from .checks import briefly, check_group
 from .conv import ParallelConv2d
 from .linear import ColumnParallelLinear, ParallelMLP, RowParallelLinear
 from .on_part import OnPart
-from .splitting import first_ranks_copy, place_of, said
+from .splitting import first_ranks_copy
 from .transformer import ParallelTransformerBlock
-from .vocabulary import VocabParallelEmbedding, vocab_parallel_cross_entropy
-
-__all__ = [
-    "ColumnParallelLinear", "RowParallelLinear", "ParallelMLP", "ParallelConv2d",
-    "ParallelAttention", "ParallelTransformerBlock", "VocabParallelEmbedding", "vocab_parallel_cross_entropy",
-    "STYLES", "parallelize", "full_state_dict", "full_gradients",
-]  # fmt: skip
-
+from .vocabulary import VocabParallelEmbedding
 
 STYLES = {  # name in a plan: (module, group) → split module
     "column": ColumnParallelLinear.from_module,
@@ -64,13 +58,12 @@ def parallelize(model, plan, group=None):
     patterns give to different styles, that is inside another one of the plan, or that is split already, for one that
     its parent uses otherwise than by calling it, and for parameters shared between modules that are split differently.
     """
-    place_of(group, "parallelize")
+    check_group(group, "parallelize")
     chosen = _chosen(model, plan)
     shared = _shared_parameters(model)
     parts = {}
     for name, style in chosen.items():
         module = model.get_submodule(name)
-        _check_parent(model, name)
         try:
             parts[name] = style(module, group)
         except (TypeError, ValueError) as error:
@@ -139,13 +132,10 @@ def _whole(module, prefix=""):
 
 def _chosen(model, plan):
     """{module name: style as a function}, in the model's order."""
+    _check_plan(plan)
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     chosen, by = {}, {}
-    if not isinstance(plan, Mapping) or not all(isinstance(pattern, str) for pattern in plan):
-        raise ValueError(f"a plan is a dict {{name of a module: style}}, not {plan!r}")
     for pattern, style in plan.items():
-        if not callable(style) and style not in list(STYLES):
-            raise ValueError(f"{pattern}: {style!r} is not one of the styles {', '.join(map(repr, STYLES))}")
         found = [name for name in names if fnmatchcase(name, pattern)]
         if not found:
             raise ValueError(f"no module is called {pattern!r}: the model has {', '.join(names[:20]) or 'none'}")
@@ -154,19 +144,28 @@ def _chosen(model, plan):
                 raise ValueError(f"{name}: {by[name]!r} says {plan[by[name]]!r}, but {pattern!r} says {style!r}")
             chosen[name], by[name] = style if callable(style) else STYLES[style], pattern
     for name in chosen:
-        parents = [".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 1)]
-        for parent in parents:
-            module = model.get_submodule(parent)
-            if parent in chosen:
-                raise ValueError(f"{name} is inside {parent}, and the plan splits both ({by[name]!r}, {by[parent]!r})")
-            if hasattr(module, "to_module"):
-                raise ValueError(f"{name} is inside {parent}, which is split already: {said(module)}")
+        _check_parents(model, name, by)
     return {name: chosen[name] for name in names if name in chosen}
 
 
-def _check_parent(model, name):
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
+def _check_plan(plan):
+    if not isinstance(plan, Mapping) or not all(isinstance(pattern, str) for pattern in plan):
+        raise ValueError(f"a plan is a dict {{name of a module: style}}, not {plan!r}")
+    for pattern, style in plan.items():
+        if not callable(style) and style not in list(STYLES):
+            raise ValueError(f"{pattern}: {style!r} is not one of the styles {', '.join(map(repr, STYLES))}")
+
+
+def _check_parents(model, name, by):
+    """by: {module name: the pattern of the plan that chose it}"""
+    for i in range(1, name.count(".") + 1):
+        parent = ".".join(name.split(".")[:i])
+        module = model.get_submodule(parent)
+        if parent in by:
+            raise ValueError(f"{name} is inside {parent}, and the plan splits both ({by[name]!r}, {by[parent]!r})")
+        if hasattr(module, "to_module"):
+            raise ValueError(f"{name} is inside {parent}, which is split already: {briefly(module)}")
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         raise ValueError(
             f"{name}: nn.MultiheadAttention takes the weights of its parts without calling them: split the attention "
             "as a whole"

@@ -26,8 +26,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .checks import briefly, check_group
 from .on_part import replicated
-from .splitting import first_ranks_copy, parameter, place_of, said
+from .splitting import first_ranks_copy, parameter
 
 
 class SequenceParallelLayerNorm(nn.LayerNorm):
@@ -39,7 +40,7 @@ class SequenceParallelLayerNorm(nn.LayerNorm):
 
     def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, *, group=None, **options):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, **options)
-        _start_alike(self, group)
+        _take_first_ranks_weights(self, group)
 
     @classmethod
     def from_module(cls, module, group=None):
@@ -60,7 +61,7 @@ class SequenceParallelRMSNorm(nn.RMSNorm):
 
     def __init__(self, normalized_shape, eps=None, elementwise_affine=True, *, group=None, **options):
         super().__init__(normalized_shape, eps, elementwise_affine, **options)
-        _start_alike(self, group)
+        _take_first_ranks_weights(self, group)
 
     @classmethod
     def from_module(cls, module, group=None):
@@ -80,21 +81,21 @@ def parallel_norm(module, group=None):
     for kind, split in ((nn.LayerNorm, SequenceParallelLayerNorm), (nn.RMSNorm, SequenceParallelRMSNorm)):
         if type(module) is kind:
             return split.from_module(module, group)
-    raise ValueError(f"nn.LayerNorm and nn.RMSNorm can work on a part of the sequence, not {said(module)}")
+    raise ValueError(f"nn.LayerNorm and nn.RMSNorm can work on a part of the sequence, not {briefly(module)}")
 
 
-def _start_alike(norm, group):
+def _take_first_ranks_weights(norm, group):
     """Give a norm its group, and every rank the first rank's weights."""
-    place_of(group, type(norm).__name__)
+    check_group(group, type(norm).__name__)
     norm.group = group
     for name, p in list(norm.named_parameters()):
         setattr(norm, name, parameter(first_ranks_copy(p, group), p))
 
 
 def _split_norm(cls, kind, module, group):
-    place_of(group, cls.__name__)
+    check_group(group, cls.__name__)
     if type(module) is not kind:
-        raise ValueError(f"{cls.__name__}.from_module takes an ordinary nn.{kind.__name__}, not {said(module)}")
+        raise ValueError(f"{cls.__name__}.from_module takes an ordinary nn.{kind.__name__}, not {briefly(module)}")
     return norm_of(cls, module, lambda p: first_ranks_copy(p, group), group=group)
 
 

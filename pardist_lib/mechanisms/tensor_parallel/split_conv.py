@@ -25,7 +25,8 @@ import torch
 from torch.nn import functional as F
 
 from ..collectives.autograd import copy_to_group, gather_from_group, reduce_from_group
-from ..collectives.point_to_point import exchange, sizes_of_all, wait
+from ..collectives.buffers import checked_sizes
+from ..collectives.point_to_point import exchange, wait
 from ..group import rank_and_size, split_sizes
 
 
@@ -38,7 +39,7 @@ def conv2d_by_output_channels(
     sizes: every rank's filters, where they differ. Raises ValueError where shapes do not fit.
     Forward sends nothing, with `gather` (n − 1)/n of the result's bytes; backward one all-reduce of x's.
     """
-    _check("conv2d_by_output_channels", x, weight)
+    _check_filter("conv2d_by_output_channels", x, weight)
     y = F.conv2d(copy_to_group(x, group), weight, bias, stride, padding, dilation)
     return gather_from_group(y, 1, group, sizes) if gather else y
 
@@ -50,7 +51,7 @@ def conv2d_by_input_channels(x, weight, bias=None, stride=1, padding=0, dilation
     every rank, added once, after the sum. Raises ValueError where shapes do not fit.
     Forward sends one all-reduce of the result's bytes, backward nothing.
     """
-    _check("conv2d_by_input_channels", x, weight)
+    _check_filter("conv2d_by_input_channels", x, weight)
     y = reduce_from_group(F.conv2d(x, weight, None, stride, padding, dilation), group)
     return y if bias is None else y + bias.view(-1, 1, 1)
 
@@ -63,7 +64,7 @@ def conv2d_by_batch(x, weight, bias=None, stride=1, padding=0, dilation=1, group
     Forward sends nothing, with `gather` (n − 1)/n of the result's bytes; backward one all-reduce of weight's bytes
     and one of bias's.
     """
-    _check("conv2d_by_batch", x, weight)
+    _check_filter("conv2d_by_batch", x, weight)
     weight, bias = copy_to_group(weight, group), bias if bias is None else copy_to_group(bias, group)
     y = F.conv2d(x, weight, bias, stride, padding, dilation)
     return gather_from_group(y, 0, group, sizes) if gather else y
@@ -79,9 +80,9 @@ def conv2d_by_height(x, weight, bias=None, stride=1, padding=0, dilation=1, grou
     Forward sends the halo: those of this rank's rows that others need, see `halo_plan`; with `gather`, (n − 1)/n of
     the result's bytes more. Backward sends the halo's gradient the other way, and an all-reduce of weight and bias.
     """
-    _check("conv2d_by_height", x, weight)
+    _check_filter("conv2d_by_height", x, weight)
     rank, n = rank_and_size(group)
-    heights = sizes_of_all(heights, x.shape[2], rank, n)
+    heights = checked_sizes(heights, x.shape[2], rank, n)
     stride, dilation = _pair(stride), _pair(dilation)
     top, bottom, left, right = _margins(padding, weight, stride, dilation)
     plan = halo_plan(heights, weight.shape[2], stride[0], (top, bottom), dilation[0])
@@ -150,7 +151,7 @@ def _common(a, b):
     return slice(first, last) if first < last else None
 
 
-def _within(rows, start):
+def _counted_from(rows, start):
     """The same rows, counted from row `start`."""
     return slice(rows.start - start, rows.stop - start)
 
@@ -166,12 +167,12 @@ class _Halo(torch.autograd.Function):
         reach = plan[rank].reach
         held = x.new_empty(*x.shape[:2], reach.stop - reach.start, x.shape[3])
         if kept := _common(own, reach):
-            held[:, :, _within(kept, reach.start)] = x[:, :, _within(kept, own.start)]
-        lent = [(x[:, :, _within(rows, own.start)].contiguous(), peer) for peer, rows, _ in peers if rows]
-        places = [(held[:, :, _within(rows, reach.start)], peer) for peer, _, rows in peers if rows]
-        arriving = [(torch.empty_like(part, memory_format=torch.contiguous_format), peer) for part, peer in places]
+            held[:, :, _counted_from(kept, reach.start)] = x[:, :, _counted_from(kept, own.start)]
+        lent = [(x[:, :, _counted_from(rows, own.start)].contiguous(), peer) for peer, rows, _ in peers if rows]
+        halo = [(held[:, :, _counted_from(rows, reach.start)], peer) for peer, _, rows in peers if rows]
+        arriving = [(torch.empty_like(part, memory_format=torch.contiguous_format), peer) for part, peer in halo]
         wait(exchange(lent, arriving, group))
-        for (part, _), (arrived, _) in zip(places, arriving, strict=True):
+        for (part, _), (arrived, _) in zip(halo, arriving, strict=True):
             part.copy_(arrived)
         return held
 
@@ -182,12 +183,12 @@ class _Halo(torch.autograd.Function):
         own, peers = crossings(plan, heights, rank)
         reach, x_grad = plan[rank].reach, grad.new_zeros(ctx.shape)
         if kept := _common(own, reach):
-            x_grad[:, :, _within(kept, own.start)] = grad[:, :, _within(kept, reach.start)]
-        given = [(grad[:, :, _within(rows, reach.start)].contiguous(), peer) for peer, _, rows in peers if rows]
-        places = [(x_grad[:, :, _within(rows, own.start)], peer) for peer, rows, _ in peers if rows]
-        arriving = [(torch.empty_like(part, memory_format=torch.contiguous_format), peer) for part, peer in places]
-        wait(exchange(given, arriving, group))
-        for (part, _), (arrived, _) in zip(places, arriving, strict=True):
+            x_grad[:, :, _counted_from(kept, own.start)] = grad[:, :, _counted_from(kept, reach.start)]
+        halo = [(grad[:, :, _counted_from(rows, reach.start)].contiguous(), peer) for peer, _, rows in peers if rows]
+        lent = [(x_grad[:, :, _counted_from(rows, own.start)], peer) for peer, rows, _ in peers if rows]
+        arriving = [(torch.empty_like(part, memory_format=torch.contiguous_format), peer) for part, peer in lent]
+        wait(exchange(halo, arriving, group))
+        for (part, _), (arrived, _) in zip(lent, arriving, strict=True):
             part += arrived  # these rows served this rank's filter and a neighbour's
         return x_grad, None, None, None
 
@@ -212,7 +213,7 @@ def _margins(padding, weight, stride, dilation):
     return across[0] // 2, across[0] - across[0] // 2, across[1] // 2, across[1] - across[1] // 2
 
 
-def _check(name, x, weight):
+def _check_filter(name, x, weight):
     """Raise ValueError unless weight is a filter for the images x."""
     if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:
         raise ValueError(

@@ -36,7 +36,7 @@ def matmul_by_rows(b, c, group=None, *, gather=False, sizes=None):
     Returns (this rank's rows, w), or (m, w). Raises ValueError where shapes, dtypes or sizes do not fit.
     Forward sends nothing, with `gather` an all-gather, (n − 1)/n of A's bytes; backward one all-reduce of C's.
     """
-    _check("matmul_by_rows", b, c)
+    _check_factors("matmul_by_rows", b, c)
     a = b @ copy_to_group(c, group)
     return gather_from_group(a, 0, group, sizes) if gather else a
 
@@ -48,7 +48,7 @@ def matmul_by_columns(b, c, group=None, *, gather=False, sizes=None):
     Returns (m, this rank's columns), or (m, w). Raises ValueError where shapes, dtypes or sizes do not fit.
     Forward sends nothing, with `gather` an all-gather, (n − 1)/n of A's bytes; backward one all-reduce of B's.
     """
-    _check("matmul_by_columns", b, c)
+    _check_factors("matmul_by_columns", b, c)
     a = copy_to_group(b, group) @ c
     return gather_from_group(a, 1, group, sizes) if gather else a
 
@@ -61,7 +61,7 @@ def matmul_by_inner(b, c, group=None, *, gather=False):
     Forward sends a reduce-scatter, (n − 1)/n of A's bytes, with `gather` one all-reduce of A's bytes; backward an
     all-gather, (n − 1)/n of A's bytes, with `gather` nothing.
     """
-    _check("matmul_by_inner", b, c)
+    _check_factors("matmul_by_inner", b, c)
     summand = b @ c
     return reduce_from_group(summand, group) if gather else reduce_scatter_to_group(summand, 0, group)
 
@@ -117,7 +117,7 @@ def summa(b, c, shape, grid, *, gather=False, panel=None):
     it was sent panels; with `gather`, an all-gather of A more.
     """
     m, k, w = shape
-    _check("summa", b, c, inner=False)
+    _check_factors("summa", b, c, inner=False)
     for name, block, whole in (("b", b, (m, k)), ("c", c, (k, w))):
         mine = split_sizes(whole[0], grid.rows)[grid.row], split_sizes(whole[1], grid.columns)[grid.column]
         if tuple(block.shape) != mine:
@@ -142,7 +142,7 @@ class _Summa(torch.autograd.Function):
         ctx.save_for_backward(b, c)
         ctx.how = inner, grid, panel
         a = b.new_zeros(b.shape[0], c.shape[1])
-        for b_panel, c_panel, _ in _travelling(b, c, inner, grid, panel):
+        for b_panel, c_panel, _ in _broadcast_panels(b, c, inner, grid, panel):
             a.addmm_(b_panel, c_panel)
         return a
 
@@ -152,7 +152,7 @@ class _Summa(torch.autograd.Function):
         b, c = ctx.saved_tensors
         inner, grid, panel = ctx.how
         b_grad, c_grad = torch.zeros_like(b), torch.zeros_like(c)
-        for b_panel, c_panel, at in _travelling(b, c, inner, grid, panel):
+        for b_panel, c_panel, at in _broadcast_panels(b, c, inner, grid, panel):
             # this rank's block of A gives a summand; a panel's owner needs the sum over its row, or its column
             _add_up(grad @ c_panel.T, b_grad[:, at.in_b], at.owner_column, grid.column, grid.beside(), grid.group)
             _add_up(b_panel.T @ grad, c_grad[at.in_c], at.owner_row, grid.row, grid.below(), grid.group)
@@ -183,7 +183,7 @@ def panels(inner, rows, columns, widest=None):
     return steps
 
 
-def _travelling(b, c, inner, grid, widest):
+def _broadcast_panels(b, c, inner, grid, widest):
     """(B's panel, C's panel, its `Panel`) on every rank, one after the other; the next is on its way meanwhile."""
     steps = panels(inner, grid.rows, grid.columns, widest)
     coming = _send(b, c, steps[0], grid) if steps else None
@@ -224,7 +224,7 @@ def _add_up(summand, total, owner, here, peers, group):
 # ---- what does not fit ----------------------------------------------------------------------------------------
 
 
-def _check(name, b, c, inner=True):
+def _check_factors(name, b, c, inner=True):
     """Raise ValueError unless b and c are matrices that can be multiplied."""
     if b.dim() != 2 or c.dim() != 2:
         raise ValueError(f"{name} multiplies matrices: b has shape {tuple(b.shape)}, c {tuple(c.shape)}")

@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from .attention import Attention, ParallelAttention
+from .checks import check_group, check_plain
 from .linear import ParallelMLP
 from .on_part import random_per_rank
 from .sequence import norm_of, parallel_norm
-from .splitting import check_plain, first_ranks_copy, place_of
+from .splitting import first_ranks_copy
 
 
 class TransformerBlock(nn.Module):
@@ -28,17 +29,27 @@ class TransformerBlock(nn.Module):
     and of both branches. x: (batch, s, embed_dim) -> (batch, s, embed_dim)
     """
 
-    def __init__(self, embed_dim, num_heads, num_kv_heads=None, hidden=None, *, bias=True, causal=True, dropout=0.0,
-                 norm=nn.LayerNorm, device=None, dtype=None):  # fmt: skip
+    def __init__(
+        self,
+        embed_dim,
+        num_heads,
+        num_kv_heads=None,
+        hidden=None,
+        *,
+        bias=True,
+        causal=True,
+        dropout=0.0,
+        norm=nn.LayerNorm,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
-        place = {"device": device, "dtype": dtype}
-        self.norm1, self.norm2 = norm(embed_dim, **place), norm(embed_dim, **place)
+        to, hidden = {"device": device, "dtype": dtype}, hidden or 4 * embed_dim
+        self.norm1, self.norm2 = norm(embed_dim, **to), norm(embed_dim, **to)
         options = {"bias": bias, "causal": causal, "dropout": dropout}
-        self.attention = Attention(embed_dim, num_heads, num_kv_heads, **options, **place)
-        hidden = hidden or 4 * embed_dim
-        self.mlp = nn.Sequential(
-            nn.Linear(embed_dim, hidden, bias, **place), nn.GELU(), nn.Linear(hidden, embed_dim, bias, **place)
-        )
+        self.attention = Attention(embed_dim, num_heads, num_kv_heads, **options, **to)
+        first, last = nn.Linear(embed_dim, hidden, bias, **to), nn.Linear(hidden, embed_dim, bias, **to)
+        self.mlp = nn.Sequential(first, nn.GELU(), last)
         self.dropout = dropout
 
     def forward(self, x):
@@ -59,15 +70,28 @@ class ParallelTransformerBlock(nn.Module):
     norm's gradients.
 
     Dropout: on what is whole on every rank the ranks draw from torch's global stream and must have seeded it alike; on
-    what is split each draws for itself (sequence_parallel.random_per_rank).
+    what is split each draws for itself (`random_per_rank`).
     """
 
-    def __init__(self, embed_dim, num_heads, num_kv_heads=None, hidden=None, *, bias=True, causal=True, dropout=0.0,
-                 norm=nn.LayerNorm, device=None, dtype=None, group=None, **options):  # fmt: skip
+    def __init__(
+        self,
+        embed_dim,
+        num_heads,
+        num_kv_heads=None,
+        hidden=None,
+        *,
+        bias=True,
+        causal=True,
+        dropout=0.0,
+        norm=nn.LayerNorm,
+        device=None,
+        dtype=None,
+        group=None,
+        **options,
+    ):
         super().__init__()
-        whole = TransformerBlock(embed_dim, num_heads, num_kv_heads, hidden, bias=bias, causal=causal, dropout=dropout,
-                                 norm=norm, device=device, dtype=dtype)  # fmt: skip
-        self._split(whole, group, options)
+        like = {"bias": bias, "causal": causal, "dropout": dropout, "norm": norm, "device": device, "dtype": dtype}
+        self._split(TransformerBlock(embed_dim, num_heads, num_kv_heads, hidden, **like), group, options)
 
     @classmethod
     def from_module(cls, module, group=None, **options):
@@ -79,7 +103,7 @@ class ParallelTransformerBlock(nn.Module):
         return block.train(module.training)
 
     def _split(self, whole, group, options):
-        place_of(group, type(self).__name__)
+        check_group(group, type(self).__name__)
         self.group, self.dropout, self.sequence_parallel = group, whole.dropout, options.get("sequence_parallel", False)
         self.norm1, self.norm2 = (self._norm(norm) for norm in (whole.norm1, whole.norm2))
         self.attention = ParallelAttention.from_module(whole.attention, group, **options)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ..collectives.autograd import gathered, reduce_from_group, reduce_scatter_to_group
 from ..group import rank_and_size, split_sizes
-from .splitting import check_plain, first_ranks_part, parameter, place_of
+from .checks import check_group, check_plain, check_targets, check_words
+from .splitting import first_ranks_part, parameter
 
 
 def vocabulary_range(vocabulary, group=None):
@@ -38,8 +39,17 @@ class VocabParallelEmbedding(nn.Module):
 
     split_dim = 0  # of the weight, as in ColumnParallelLinear: the two can share one
 
-    def __init__(self, num_embeddings, embedding_dim, *, padding_idx=None, sequence_dim=None, group=None, device=None,
-                 dtype=None):  # fmt: skip
+    def __init__(
+        self,
+        num_embeddings,
+        embedding_dim,
+        *,
+        padding_idx=None,
+        sequence_dim=None,
+        group=None,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         whole = nn.Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
         self._split(whole, sequence_dim, group)
@@ -50,7 +60,7 @@ class VocabParallelEmbedding(nn.Module):
 
         Raises ValueError for any other module and for options that do not split: max_norm, scale_grad_by_freq, sparse.
         """
-        place_of(group, cls.__name__)
+        check_group(group, cls.__name__)
         check_plain(module, [nn.Embedding], cls.__name__)
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if value := getattr(module, option):
@@ -61,7 +71,7 @@ class VocabParallelEmbedding(nn.Module):
         return split.train(module.training)
 
     def _split(self, whole, sequence_dim, group):
-        place_of(group, type(self).__name__)
+        check_group(group, type(self).__name__)
         self.num_embeddings, self.embedding_dim = whole.num_embeddings, whole.embedding_dim
         self.padding_idx = whole.padding_idx
         self.sequence_dim, self.group = sequence_dim, group
@@ -70,9 +80,8 @@ class VocabParallelEmbedding(nn.Module):
 
     def to_module(self):
         """The whole nn.Embedding, exactly, on every rank: one all-gather of the table."""
-        table = gathered(
-            self.weight.detach(), 0, split_sizes(self.num_embeddings, rank_and_size(self.group)[1]), self.group
-        )
+        sizes = split_sizes(self.num_embeddings, rank_and_size(self.group)[1])
+        table = gathered(self.weight.detach(), 0, sizes, self.group)
         whole = nn.Embedding.from_pretrained(table, padding_idx=self.padding_idx)
         whole.weight = parameter(table, self.weight)
         return whole.train(self.training)
@@ -91,7 +100,7 @@ class VocabParallelEmbedding(nn.Module):
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
             raise TypeError(f"tokens are whole numbers, not {tokens.dtype}")
         tokens = tokens.long()  # uint8 would wrap round below
-        _all_within(tokens, self.num_embeddings, "token")
+        check_words(tokens, self.num_embeddings, "token")
         theirs = (tokens < self.first) | (tokens >= self.end)
         if self.end > self.first:
             local = (tokens - self.first).masked_fill(theirs, 0)
@@ -132,19 +141,7 @@ def vocab_parallel_cross_entropy(
     Raises TypeError for logits that are no floating point or targets that are no whole numbers, IndexError for a
     target outside the vocabulary, ValueError for sizes that do not fit and unknown reductions.
     """
-    if not logits.is_floating_point():
-        raise TypeError(f"logits are floating point, not {logits.dtype}")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"targets are whole numbers (words), not {target.dtype}: probabilities are not supported")
-    if logits.dim() == 0 or logits.shape[:-1] != target.shape:
-        raise ValueError(
-            f"logits of shape {list(logits.shape)} need targets of shape {list(logits.shape[:-1])}, not "
-            f"{list(target.shape)}: the vocabulary is the last dimension"
-        )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing is between 0 and 1, not {label_smoothing}")
+    check_targets(logits, target, reduction, label_smoothing)
     target = target.long()  # uint8 would wrap round where a rank's first word is taken off
     losses = _CrossEntropy.apply(logits, target, group, ignore_index, label_smoothing, vocab_size)
     if reduction == "mean":
@@ -168,7 +165,7 @@ class _CrossEntropy(torch.autograd.Function):
         greatest, sizes = _greatest(greatest, own, vocab_size, group)
         vocabulary, first = sum(sizes), sum(sizes[: rank_and_size(group)[0]])
         ignored = target == ignore_index
-        _all_within(target.masked_fill(ignored, 0), vocabulary, "target")
+        check_words(target.masked_fill(ignored, 0), vocabulary, "target")
 
         z = logits.to(wide) - greatest.unsqueeze(-1)  # the one temporary of the logits' size
         local = target - first
@@ -224,12 +221,3 @@ def _all_reduce(x, group, op=dist.ReduceOp.SUM):
         x = x.contiguous()
         dist.all_reduce(x, op, group)
     return x
-
-
-def _all_within(words, vocabulary, what):
-    """Raises IndexError for a word that nobody owns: every rank would add nothing, and nobody would notice."""
-    if words.numel():
-        least, greatest = (int(word) for word in words.aminmax())
-        if least < 0 or greatest >= vocabulary:
-            wrong = least if least < 0 else greatest
-            raise IndexError(f"{what} {wrong} is outside the vocabulary of {vocabulary} words, 0 to {vocabulary - 1}")
