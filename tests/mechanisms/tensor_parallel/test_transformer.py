@@ -1,4 +1,4 @@
-"""A transformer block split, without and with sequence parallelism: one process, DTensor, bytes, memory, dropout."""
+"""A transformer block split, without and with sequence parallelism: one process, bytes, memory, dropout."""
 
 import pytest
 import torch
@@ -6,22 +6,17 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn import functional as F
 
 from pardist_lib.lessons.worlds import in_world
-from pardist_lib.mechanisms.collectives.autograd import gather_from_group
 from pardist_lib.mechanisms.group import split_sizes
-from pardist_lib.mechanisms.tensor_parallel.on_part import random_per_rank, replicated
-from pardist_lib.mechanisms.tensor_parallel.sequence import (
-    SequenceParallelLayerNorm,
-    SequenceParallelRMSNorm,
-    parallel_norm,
-)
 from pardist_lib.mechanisms.tensor_parallel.transformer import ParallelTransformerBlock, TransformerBlock
 from tests.mechanisms.refusals import refused
+from tests.mechanisms.tensor_parallel.nets import weights_like
 
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 1e-5, "atol": 1e-6}}
+
 FORMS = {"no": {}, "keep": {"sequence_parallel": True}, "again": {"sequence_parallel": True, "keep_gathered": False}}
+
 PLAIN = {"heads": 12, "kv": None, "width": 24, "hidden": 36, "bias": True, "norm": "layer", "dtype": torch.float64,
          "batch": 2, "s": 12, "frozen": (), "form": "no", "chunks": 1}  # fmt: skip
 
@@ -44,10 +39,6 @@ def whole_of(case, seed=0, dropout=0.0):
 def input_of(case):
     g = torch.Generator().manual_seed(case["s"])
     return torch.randn(case["batch"], case["s"], case["width"], generator=g, dtype=torch.float64).to(case["dtype"])
-
-
-def weights_like(y):
-    return torch.linspace(-0.2, 0.2, y.numel(), dtype=y.dtype).view_as(y)
 
 
 def one_process(case):
@@ -196,122 +187,8 @@ def test_two_groups_at_once_and_outsiders_are_told(ranks_of, form):
     assert all(f"ParallelTransformerBlock: rank {r} is not in" in heard for r, (*_, heard) in enumerate(results))
 
 
-# ---- beside DTensor -------------------------------------------------------------------------------------------
-
-
-def beside_dtensor():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor.parallel import (
-        ColwiseParallel,
-        PrepareModuleInput,
-        RowwiseParallel,
-        SequenceParallel,
-        parallelize_module,
-    )
-
-    n, rank = dist.get_world_size(), dist.get_rank()
-
-    class Mlp(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16)
-
-        def forward(self, x):
-            return x + self.down(F.gelu(self.up(self.norm(x))))
-
-    torch.manual_seed(0)
-    theirs = Mlp()
-    nn.init.normal_(theirs.norm.weight), nn.init.normal_(theirs.norm.bias)
-    from pardist_lib.mechanisms.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-
-    norm = parallel_norm(theirs.norm)
-    up = ColumnParallelLinear.from_module(theirs.up, sequence_parallel=True)
-    down = RowParallelLinear.from_module(theirs.down, sequence_parallel=True)
-    plan = {
-        "norm": SequenceParallel(), "up": ColwiseParallel(input_layouts=Shard(1)),
-        "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
-        "": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Shard(1)),
-    }  # fmt: skip
-    theirs = parallelize_module(theirs, init_device_mesh("cpu", (n,)), plan)
-    shards = [
-        torch.randn(2, 4 * n, 16, generator=torch.Generator().manual_seed(1)).chunk(n, 1)[rank].clone() for _ in "ab"
-    ]
-    x, theirs_x = (t.requires_grad_() for t in shards)
-    y = x + down(F.gelu(up(norm(x))))
-    y.square().sum().backward()
-    their_y = theirs(theirs_x)
-    their_y.pow(2).sum().backward()
-    grads = [norm.weight.grad, norm.bias.grad, up.weight.grad, up.bias.grad, down.weight.grad, down.bias.grad]
-    their_grads = [p.grad for p in theirs.parameters()]
-    whole = [g.full_tensor() for g in their_grads[:2]] + [g.to_local() for g in their_grads[2:5]]
-    return [y.detach(), x.grad, *grads], [
-        their_y.to_local().detach(),
-        theirs_x.grad,
-        *whole,
-        their_grads[5].full_tensor(),
-    ]
-
-
-@pytest.mark.parametrize("n", [2, 4])
-def test_equals_dtensors_sequence_parallel(ranks_of, n):
-    for ours, theirs in ranks_of(n).run(beside_dtensor, quiet=True):
-        for i, (got, want) in enumerate(zip(ours, theirs, strict=True)):
-            close(got, want, f"value {i}", {"rtol": 1e-4, "atol": 1e-5})
-
-
-# ---- norms ----------------------------------------------------------------------------------------------------
-
-
-def norms():
-    rank, n = dist.get_rank(), dist.get_world_size()
-    found = []
-    for kind, split_kind in ((nn.LayerNorm, SequenceParallelLayerNorm), (nn.RMSNorm, SequenceParallelRMSNorm)):
-        torch.manual_seed(rank)
-        norm = split_kind.from_module(nn.init.normal_((whole := kind(6, dtype=torch.float64)).weight) is None or whole)
-        torch.manual_seed(0)
-        nn.init.normal_((whole := kind(6, dtype=torch.float64)).weight)
-        x = torch.randn(2, 7, 6, dtype=torch.float64)
-        (whole(x) * weights_like(x)).sum().backward()
-        mine = x.tensor_split(n, 1)[rank]
-        (norm(mine) * weights_like(x).tensor_split(n, 1)[rank]).sum().backward()
-        pairs = [(p.grad, q.grad) for p, q in zip(norm.parameters(), whole.parameters(), strict=True)]
-        pairs += list(zip(norm.to_module().parameters(), whole.parameters(), strict=True))
-        found.append(max((a - b).abs().max().item() for a, b in pairs))
-        found.append(type(norm.to_module()) is kind)
-        torch.manual_seed(rank)
-        found.append(all(len(set(map(tuple, gather(p)))) == 1 for p in split_kind(6).parameters()))
-    return found
-
-
-def gather(p):
-    return gather_from_group(p.detach()[None], 0).tolist()
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_norms_find_the_gradient_of_the_whole_sequence(ranks_of, n):
-    for apart, back, alike, apart_rms, back_rms, alike_rms in ranks_of(4).run(in_world, n, norms, quiet=True)[:n]:
-        assert apart < 1e-12 and apart_rms < 1e-12 and back and back_rms and alike and alike_rms
-
-
-def replicated_of(which):
-    """Calls made in backward for two parameters and None, of which some are trained."""
-    a, b = (nn.Parameter(torch.ones(3), requires_grad=trained) for trained in which)
-    first, none, second = replicated(a, None, b)
-    assert none is None and torch.equal(first, a) and torch.equal(second, b)
-    if any(which):
-        (first.sum() + 2 * second.sum()).backward()
-    return [None if p.grad is None else p.grad[0].item() for p in (a, b)]
-
-
-def test_replicated_parameters_are_summed_in_one_call_and_frozen_ones_not_at_all(ranks_of):
-    for which, grads in (((True, True), [4, 8]), ((False, True), [None, 8]), ((False, False), [None, None])):
-        trace = ranks_of(4).trace(replicated_of, which)
-        assert trace.results == [grads] * 4
-        assert [e.bytes for e in trace.collectives if e.rank == 0] == [12 * sum(which)] * any(which)
-
-
 # ---- to the byte ----------------------------------------------------------------------------------------------
+
 
 _made = []
 
@@ -391,54 +268,6 @@ def test_sequence_parallelism_keeps_less_and_the_regathered_form_least(ranks_of,
 # ---- dropout --------------------------------------------------------------------------------------------------
 
 
-def draws():
-    torch.manual_seed(5)
-    common = torch.rand(3)
-    with random_per_rank():
-        own = torch.rand(3)
-    with random_per_rank():
-        again = torch.rand(3)
-    after = torch.rand(3)
-    torch.manual_seed(5)
-    torch.rand(3)
-    with random_per_rank():
-        repeated = torch.rand(3)
-    return common, own, again, after, torch.equal(own, repeated)
-
-
-def test_random_numbers_are_alike_outside_and_different_inside(ranks_of):
-    results = ranks_of(4).run(draws, quiet=True)
-    common, own, again, after, _ = zip(*results, strict=True)
-    for alike in (common, after):
-        assert all(torch.equal(t, alike[0]) for t in alike)
-    everything = [tuple(t.tolist()) for t in (*own, *again, common[0], after[0])]
-    assert len(set(everything)) == 10
-    assert all(result[-1] for result in results), "torch.manual_seed decides"
-
-
-def leaves_alone():
-    torch.manual_seed(0)
-    wanted = torch.rand(4)
-    torch.manual_seed(0)
-    with random_per_rank():
-        return torch.equal(torch.rand(4), wanted)
-
-
-def test_one_rank_draws_as_without_and_errors_restore_the_stream(ranks_of):
-    assert ranks_of(4).run(in_world, 1, leaves_alone, quiet=True)[0]
-
-    def fails():
-        torch.manual_seed(0)
-        try:
-            with random_per_rank():
-                raise KeyError
-        except KeyError:
-            return torch.rand(2)
-
-    first, *others = ranks_of(4).run(fails, quiet=True)
-    assert all(torch.equal(first, other) for other in others)
-
-
 def dropped(form):
     """A block's output with dropout on, and what of the residual branches was dropped."""
     case = PLAIN | {"form": form, "s": 8}
@@ -469,8 +298,6 @@ def test_dropout_is_alike_where_activations_are_whole_and_different_where_they_a
         (lambda P: P(20, 5), "5 heads cannot be split over 4 ranks"),
         (lambda P: P.from_module(P(8, 4)), "is split already"),
         (lambda P: P.from_module(nn.Linear(2, 2)), "splits TransformerBlock, not Linear"),
-        (lambda P: parallel_norm(nn.BatchNorm1d(4)), "nn.LayerNorm and nn.RMSNorm can .* not BatchNorm1d"),
-        (lambda P: parallel_norm(parallel_norm(nn.LayerNorm(4))), "not SequenceParallelLayerNorm"),
         (lambda P: P(8, 4, sequence_parallel=True)(torch.zeros(1, 3, 8), [3, 3]), "do not fit: 4 ranks"),
         (lambda P: P(8, 4, group="tp"), "group is a str, but has to be a process group"),
     ],

@@ -1,6 +1,4 @@
-"""Collectives from send and receive: against one process's arithmetic, against torch's own, and to the byte."""
-
-import inspect
+"""Every collective: against one process's arithmetic, against torch's own, and to the byte."""
 
 import pytest
 import torch
@@ -9,112 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pardist_lib.mechanisms import collectives
-from pardist_lib.mechanisms.collectives import point_to_point
 from pardist_lib.mechanisms.group import split_sizes
-from tests.mechanisms.refusals import refused
-
-OPS = {
-    "SUM": torch.sum,
-    "AVG": lambda stacked, dim: torch.sum(stacked, dim) / len(stacked),
-    "MAX": torch.amax,
-    "MIN": torch.amin,
-    "PRODUCT": torch.prod,
-}
-DTYPES = [
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64,
-    torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool,
-]  # fmt: skip
-KINDS = ["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "reduce", "gather", "scatter"]
-NAMES = [name for name in collectives.__all__ if name != "split_sizes" and not name.endswith("_group")]
-
-
-def kind_of(name):
-    return next(kind for kind in KINDS if name.endswith(kind))
-
-
-def case_of(name, n, **changes):
-    """One call of one collective, as plain data: every process can make every rank's input from it."""
-    case = {
-        "name": name, "n": n, "rows": 7, "shape": (), "dtype": torch.float32, "op": "SUM", "root": n - 1, "seed": 0,
-        "layout": "contiguous", "sizes": [(5 * rank + 3) % 4 for rank in range(n)], "piece_bytes": 16,
-    }  # fmt: skip
-    return case | changes
-
-
-def input_of(rank, case):
-    """Small whole numbers: their sums and products are exact in every dtype, whatever the order."""
-    kind, rows = kind_of(case["name"]), case["rows"]
-    if kind in ("all_gather", "gather"):
-        rows = case["sizes"][rank]
-    elif kind == "scatter":
-        rows = sum(case["sizes"])
-    elif case["name"] == "bruck_all_to_all":
-        rows *= case["n"]
-    numbers = torch.Generator().manual_seed(1000 * case["seed"] + rank)
-    x = torch.randint(0, 3, (rows, *case["shape"]), generator=numbers).to(case["dtype"])
-    if case["layout"] == "transposed":
-        return x.mT.contiguous().mT if x.dim() > 1 else x
-    return torch.stack([x, torch.zeros_like(x)], -1)[..., 0] if case["layout"] == "strided" else x
-
-
-def expected(case):
-    """What every rank must end with, by one process that sees all inputs."""
-    kind, n, root = kind_of(case["name"]), case["n"], case["root"]
-    inputs = [input_of(rank, case) for rank in range(n)]
-    if kind == "broadcast":
-        return [inputs[root]] * n
-    if kind == "all_gather":
-        return [torch.cat(inputs)] * n
-    if kind == "gather":
-        return [torch.cat(inputs) if rank == root else None for rank in range(n)]
-    if kind == "scatter":
-        return list(inputs[root].split(case["sizes"]))
-    if kind == "all_to_all":
-        return [torch.cat([x.tensor_split(n)[rank] for x in inputs]) for rank in range(n)]
-    total = OPS[case["op"]](torch.stack(inputs), 0).to(case["dtype"])
-    if kind == "reduce":
-        return [total if rank == root else inputs[rank] for rank in range(n)]
-    return [total] * n if kind == "all_reduce" else list(total.tensor_split(n))
-
-
-def called(case, group=None, members=None):
-    """On a rank: make the call, look at what can only be seen there, return the result."""
-    members = members or list(range(case["n"]))
-    rank, root = members.index(dist.get_rank()), members[case["root"]]
-    kind, op = kind_of(case["name"]), getattr(dist.ReduceOp, case["op"])
-    function, x = getattr(collectives, case["name"]), input_of(rank, case)
-    options = {"group": group, "op": op, "sizes": case["sizes"], "piece_bytes": case["piece_bytes"]}
-    options |= {"src": root, "dst": root}
-    options = {name: value for name, value in options.items() if name in inspect.signature(function).parameters}
-    if kind == "scatter":
-        whole, x = (x if rank == case["root"] else None), torch.empty_like(x.split(case["sizes"])[rank])
-        result = function(x, whole, **options)
-    else:
-        result = function(x, **options)
-    if kind in ("broadcast", "reduce", "all_reduce", "scatter"):
-        assert result is x, "not in place"
-    else:
-        assert torch.equal(x, input_of(rank, case)), "the input was changed"
-    return result
-
-
-def several(cases):
-    results = [called(case) for case in cases]
-    return [result if result is None else result.clone(memory_format=torch.contiguous_format) for result in results]
-
-
-def check(ranks, cases):
-    results = ranks.run(several, cases, quiet=True)
-    for i, case in enumerate(cases):
-        for rank, want in enumerate(expected(case)):
-            same(results[rank][i], want, f"rank {rank} of {case}")
-
-
-def same(got, want, what):
-    assert (got is None) == (want is None), what
-    if want is not None:
-        torch.testing.assert_close(got, want, rtol=0, atol=0, msg=lambda text: f"{what}: {text}")
-
+from tests.mechanisms.collectives.cases import (
+    DTYPES,
+    NAMES,
+    OPS,
+    called,
+    case_of,
+    check,
+    expected,
+    kind_of,
+    same,
+)
+from tests.mechanisms.collectives.counted import sent_by
 
 # ---- against one process --------------------------------------------------------------------------------------
 
@@ -238,45 +143,6 @@ def test_same_as_torch(ranks_of, n):
 
 # ---- to the byte ----------------------------------------------------------------------------------------------
 
-LIBRARY = [
-    "allreduce", "allreduce_coalesced", "broadcast", "reduce", "allgather", "_allgather_base", "allgather_coalesced",
-    "allgather_into_tensor_coalesced", "gather", "scatter", "reduce_scatter", "_reduce_scatter_base", "alltoall",
-    "reduce_scatter_tensor_coalesced", "alltoall_base", "barrier", "monitored_barrier", "recv_anysource",
-]  # fmt: skip
-
-
-def sent_by(cases):
-    """Runs the cases with every message counted: per case [bytes of each message], and library calls made."""
-    messages, library = [], []
-    saved = {name: getattr(dist.ProcessGroup, name) for name in ["send", *LIBRARY] if hasattr(dist.ProcessGroup, name)}
-
-    def counting(group, tensors, *args, **kwargs):
-        messages[-1].append(sum(t.numel() * t.element_size() for t in tensors))
-        return saved["send"](group, tensors, *args, **kwargs)
-
-    def telling(name):
-        return lambda *args, **kwargs: (library.append(name), saved[name](*args, **kwargs))[1]
-
-    try:
-        for name in saved:
-            setattr(dist.ProcessGroup, name, counting if name == "send" else telling(name))
-        for case in cases:
-            messages.append([])
-            called(case)
-    finally:
-        for name, method in saved.items():
-            setattr(dist.ProcessGroup, name, method)
-    return messages, library
-
-
-def children_of(seat, n):
-    """Below a seat of a binomial tree: those that differ in one bit, lower than all of the seat's own."""
-    return [seat + 2**b for b in range(10) if seat + 2**b < n and (seat == 0 or seat % 2 ** (b + 1) == 0)]
-
-
-def branch_of(seat, n):
-    return [seat] + [s for child in children_of(seat, n) for s in branch_of(child, n)]
-
 
 def elements_sent(name, rank, n, size, root):
     """The formulas: elements that `rank` sends for a whole of `size` elements in chunks c."""
@@ -318,6 +184,15 @@ def elements_sent(name, rank, n, size, root):
     }[name]
 
 
+def children_of(seat, n):
+    """Below a seat of a binomial tree: those that differ in one bit, lower than all of the seat's own."""
+    return [seat + 2**b for b in range(10) if seat + 2**b < n and (seat == 0 or seat % 2 ** (b + 1) == 0)]
+
+
+def branch_of(seat, n):
+    return [seat] + [s for child in children_of(seat, n) for s in branch_of(child, n)]
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_payload_is_the_formula_to_the_byte_and_no_library_collective_is_called(ranks_of, n):
     root = n // 2
@@ -332,13 +207,6 @@ def test_payload_is_the_formula_to_the_byte_and_no_library_collective_is_called(
             elements = elements_sent(case["name"], rank, n, case["rows"], root)
             assert sum(sizes) == elements * case["dtype"].itemsize, (rank, case)
             assert 0 not in sizes, (rank, case)
-
-
-def test_the_ring_sends_two_n_minus_one_over_n_in_two_n_minus_one_messages(ranks_of):
-    cases = [case_of("ring_all_reduce", 4, rows=1000, piece_bytes=piece_bytes) for piece_bytes in (1000, 250)]
-    for messages, _ in ranks_of(4).run(sent_by, cases, quiet=True):
-        assert messages[0] == [1000] * 6  # one chunk of 250 float32 a step
-        assert len(messages[1]) == 24 and sum(messages[1]) == 6000 and max(messages[1]) <= 252
 
 
 # ---- groups ---------------------------------------------------------------------------------------------------
@@ -372,68 +240,3 @@ def test_subgroups_count_from_their_own_first_rank_and_outsiders_are_told(ranks_
         *outside, root = heard
         assert len(outside) == len(NAMES) and all(f"rank {rank} is not in this group" in text for text in outside)
         assert root == f"rank {1 - rank % 2} is not in the group of ranks {[1, 3] if rank % 2 else [0, 2]}"
-
-
-# ---- what is refused, and the rest ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wrong, told",
-    [
-        (lambda c: c.ring_all_reduce(torch.zeros(3, dtype=torch.int32), dist.ReduceOp.AVG), "AVG of torch.int32"),
-        (lambda c: c.tree_reduce(torch.zeros(3), 0, dist.ReduceOp.BAND), "not one of SUM, AVG, MAX, MIN, PRODUCT"),
-        (lambda c: c.ring_all_gather(torch.zeros(3), [3, 4, 5]), "do not fit: 2 ranks"),
-        (lambda c: c.ring_all_gather(torch.zeros(3, 2), out=torch.zeros(5, 2)), r"shape \[6, 2\]"),
-        (lambda c: c.ring_reduce_scatter(torch.zeros(4), out=torch.zeros(4)[::2]), "out must be a contiguous"),
-        (lambda c: c.naive_scatter(torch.zeros(2), torch.zeros(5) if dist.get_rank() == 0 else None), "whole tensor"),
-        (lambda c: c.bruck_all_to_all(torch.zeros(3)), "2 ranks do not divide 3 rows"),
-        (lambda c: c.pairwise_all_to_all(torch.zeros(3), [1, 1]), "do not fit 3 rows"),
-    ],
-)
-def test_refused_with_a_reason(ranks_of, wrong, told):
-    with refused(told) as caught:
-        ranks_of(2).run(wrong, collectives, quiet=True)
-    assert caught.value.cause == "ValueError"
-
-
-def with_out_and_parameters():
-    rank, n = dist.get_rank(), dist.get_world_size()
-    whole = torch.zeros(n, 2)
-    whole[rank] = rank + 1  # as nccl's in-place all-gather: each rank's rows are where they belong already
-    gathered = collectives.ring_all_gather(whole[rank : rank + 1], out=whole)
-    room = torch.empty(1, 2)
-    reduced = collectives.ring_reduce_scatter(whole, out=room)
-    layer = torch.nn.Linear(2, 2)
-    torch.nn.init.constant_(layer.weight, rank)
-    collectives.tree_broadcast(layer.weight, src=n - 1)
-    number = collectives.ring_all_reduce(torch.tensor(2.0))
-    row = collectives.ring_all_gather(torch.tensor(float(rank)))
-    return gathered is whole or gathered.data_ptr() == whole.data_ptr(), whole, reduced, layer.weight, number, row
-
-
-def test_into_given_memory_and_of_parameters_and_single_numbers(ranks_of):
-    for rank, (same_memory, whole, reduced, weight, number, row) in enumerate(ranks_of(3).run(with_out_and_parameters)):
-        assert same_memory
-        same(whole, torch.tensor([[1.0, 1], [2, 2], [3, 3]]), "all_gather")
-        same(reduced, torch.full((1, 2), 3.0 * (rank + 1)), "reduce_scatter")
-        assert weight.requires_grad and torch.equal(weight.detach(), torch.full((2, 2), 2.0))
-        assert number.shape == () and number == 6
-        same(row, torch.tensor([0.0, 1, 2]), "all_gather of numbers")
-
-
-def through_the_host(cases):
-    """As for ranks that share one GPU: each message through a copy."""
-    saved = point_to_point._gloo_on_gpu
-    point_to_point._gloo_on_gpu = lambda tensor, group: True
-    try:
-        return several(cases)
-    finally:
-        point_to_point._gloo_on_gpu = saved
-
-
-def test_messages_can_pass_through_the_hosts_memory(ranks_of):
-    cases = [case_of(name, 3) for name in NAMES]
-    results = ranks_of(3).run(through_the_host, cases, quiet=True)
-    for i, case in enumerate(cases):
-        for rank, want in enumerate(expected(case)):
-            same(results[rank][i], want, f"rank {rank} of {case}")
