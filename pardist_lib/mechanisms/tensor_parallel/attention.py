@@ -106,7 +106,6 @@ class ParallelAttention(nn.Module):
         An nn.MultiheadAttention becomes a ParallelMultiheadAttention, which is called as it is. Raises ValueError for
         any other module, and for heads or options that do not split.
         """
-        check_group(group, cls.__name__)
         check_plain(module, [Attention, nn.MultiheadAttention], cls.__name__)
         kind = cls if isinstance(module, Attention) else ParallelMultiheadAttention
         split = kind.__new__(kind)

@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..group import rank_and_size, split_sizes
@@ -35,6 +36,13 @@ def check_plain(module, kinds, who):
     ]:
         if lost:
             raise ValueError(f"{briefly(module)} has {what}, which would be lost: {who} splits a plain {kind.__name__}")
+
+
+def check_mlp(module):
+    """Raises ValueError unless module is an nn.Sequential that begins and ends with an nn.Linear."""
+    kinds = [type(part) for part in module._modules.values()] if type(module) is nn.Sequential else []
+    if len(kinds) < 2 or not (kinds[0] is kinds[-1] is nn.Linear):
+        raise ValueError(f"ParallelMLP splits nn.Sequential(nn.Linear, activation, nn.Linear), not {briefly(module)}")
 
 
 def check_input(layer, x, width):

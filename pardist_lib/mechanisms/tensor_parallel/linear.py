@@ -18,7 +18,7 @@ from torch import nn
 
 from ..collectives.autograd import gather_from_group, gathered, scatter_to_group
 from ..group import rank_and_size, split_sizes
-from .checks import briefly, check_group, check_input, check_plain
+from .checks import briefly, check_group, check_input, check_mlp, check_plain
 from .on_part import OnPart
 from .overlapped import column_linear, row_linear
 from .splitting import first_ranks_copy, first_ranks_part, parameter
@@ -189,8 +189,7 @@ class ParallelMLP(nn.Sequential):
     def __init__(
         self, in_features, hidden_features, out_features=None, bias=True, *, activation=None, group=None, **options
     ):
-        activation = nn.GELU() if activation is None else activation
-        activation = _elementwise(activation, group)
+        activation = _elementwise(nn.GELU() if activation is None else activation, group)
         first, last = _sides(options)
         super().__init__(
             ColumnParallelLinear(in_features, hidden_features, bias, group=group, **first),
@@ -209,17 +208,14 @@ class ParallelMLP(nn.Sequential):
     def from_module(cls, module, group=None, **options):
         """Split an nn.Sequential(nn.Linear, element by element …, nn.Linear) of the group's first rank, exactly."""
         check_group(group, "ParallelMLP")
-        parts = dict(module._modules) if type(module) is nn.Sequential else {}
-        names, kinds = list(parts), [type(part) for part in parts.values()]
-        if len(parts) < 2 or not (kinds[0] is kinds[-1] is nn.Linear):
-            raise ValueError(
-                f"ParallelMLP splits nn.Sequential(nn.Linear, activation, nn.Linear), not {briefly(module)}"
-            )
+        check_mlp(module)
+        parts = dict(module._modules)
+        up, *between, down = parts  # their names
         first, last = _sides(options)
-        parts[names[0]] = ColumnParallelLinear.from_module(parts[names[0]], group, **first)
-        for name in names[1:-1]:
+        parts[up] = ColumnParallelLinear.from_module(parts[up], group, **first)
+        for name in between:
             parts[name] = _elementwise(parts[name], group)
-        parts[names[-1]] = RowParallelLinear.from_module(parts[names[-1]], group, **last)
+        parts[down] = RowParallelLinear.from_module(parts[down], group, **last)
         mlp = cls.__new__(cls)
         nn.Sequential.__init__(mlp, OrderedDict(parts))  # under the names that its state dict has
         return mlp.train(module.training)
@@ -251,7 +247,6 @@ def _elementwise(module, group):
 
 
 def _from_linear(cls, module, group, options):
-    check_group(group, cls.__name__)
     check_plain(module, [nn.Linear], cls.__name__)
     sizes = module.in_features, module.out_features, module.bias is not None
     layer = cls(*sizes, group=group, device="meta", **options)

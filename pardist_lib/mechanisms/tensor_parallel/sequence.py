@@ -93,7 +93,6 @@ def _take_first_ranks_weights(norm, group):
 
 
 def _split_norm(cls, kind, module, group):
-    check_group(group, cls.__name__)
     if type(module) is not kind:
         raise ValueError(f"{cls.__name__}.from_module takes an ordinary nn.{kind.__name__}, not {briefly(module)}")
     return norm_of(cls, module, lambda p: first_ranks_copy(p, group), group=group)

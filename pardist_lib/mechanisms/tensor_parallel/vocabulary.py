@@ -60,7 +60,6 @@ class VocabParallelEmbedding(nn.Module):
 
         Raises ValueError for any other module and for options that do not split: max_norm, scale_grad_by_freq, sparse.
         """
-        check_group(group, cls.__name__)
         check_plain(module, [nn.Embedding], cls.__name__)
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if value := getattr(module, option):
