@@ -211,6 +211,9 @@ def scattered_sum(x, dim, group=None):
     return slice_.movedim(0, dim).contiguous()
 
 
+# ---- arguments ------------------------------------------------------------------------------------------------
+
+
 def _dimension(x, dim):
     """`dim` counted from the front. Raises ValueError where x has no such dimension."""
     if not -x.dim() <= dim < x.dim():

@@ -7,24 +7,29 @@ import torch
 from torch import nn
 
 from ..collectives.agreement import take_from_first
-from ..collectives.rooted import scatter_along, star
+from ..collectives.point_to_point import exchange, wait
 from ..group import rank_and_size, split_sizes
 
 
 def first_ranks_part(whole, dim, group=None):
-    """This rank's part along `dim` of the tensor that the group's first rank has. Sends S minus the first part from
-    there. Every rank gives a tensor of that shape, and only the first one's values count."""
+    """This rank's part along `dim` of the first rank's tensor, as torch.tensor_split cuts; whole: of the same shape on
+    every rank. The first rank sends S bytes minus its own part, the others nothing."""
     rank, n = rank_and_size(group)
     if whole.is_meta or n == 1:
         return whole.detach().tensor_split(n, dim)[rank].clone()
-    first = whole.detach().movedim(dim, 0)
-    part = first.new_empty((split_sizes(len(first), n)[rank], *first.shape[1:]))
-    scatter_along(star, part, first if rank == 0 else None, 0, split_sizes(len(first), n), group)
+    rows = whole.detach().movedim(dim, 0)
+    if rank == 0:
+        part, *others = rows.contiguous().tensor_split(n)
+        wait(exchange([(other, peer) for peer, other in enumerate(others, 1)], group=group))
+        part = part.clone()
+    else:
+        part = rows.new_empty((split_sizes(len(rows), n)[rank], *rows.shape[1:]))
+        wait(exchange(receives=[(part, 0)], group=group))
     return part.movedim(0, dim).contiguous()
 
 
 def first_ranks_copy(whole, group=None):
-    """The tensor of the group's first rank, as a new one."""
+    """The first rank's tensor, as a new one on every rank: it broadcasts S bytes."""
     copy = whole.detach().clone(memory_format=torch.contiguous_format)
     if not whole.is_meta and rank_and_size(group)[1] > 1:
         take_from_first([copy], group)
