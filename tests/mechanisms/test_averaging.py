@@ -14,7 +14,7 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 
 from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.averaging import LocalSGD, average_parameters
-from tests.mechanisms.test_parameter_server import OPTIMIZERS, STEPS, Net, fails, gradient_of, same, state
+from tests.mechanisms.nets import OPTIMIZERS, STEPS, Net, fails, gradient_of, same, state
 
 OUTER = {
     "Nesterov": lambda ps: torch.optim.SGD(ps, lr=0.7, momentum=0.9, nesterov=True),

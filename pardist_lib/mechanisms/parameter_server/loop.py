@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 
 from .flat_buffer import FlatBuffer
+from .messages import FAILED, GOODBYE, LEAVING, header_bytes, read_header
 
-LEAVING, FAILED = -1, -2  # in the place of the number of rows
-GOODBYE = 1  # the tag of a worker's last message
 FOREVER = timedelta(days=10_000)
 
 
@@ -29,11 +28,12 @@ class Applied(NamedTuple):
 
 
 class ServerLoop:
-    """Two threads a worker put into a queue what they hear of it; the main thread does all the rest.
+    """For each worker two threads put into a queue what they receive from it; the main thread does everything else.
 
-    One waits for its pushes, the other for its goodbye. A receipt from *any* rank would need no threads. But gloo's
-    takes no notice of a rank that dies; one rank's does, unless that dies in the middle of a message: then the receipt
-    of that message, and a send too, never ends. The goodbye's, of which nothing has come yet, ends even then.
+    One thread receives the worker's pushes, the other its goodbye. gloo could receive from *any* rank without threads,
+    but would not notice that a rank has died. A receive from one rank does notice, unless the rank died in the middle
+    of a message: then the receive of that message, like a send to that rank, never ends. The receive of the goodbye, of
+    which nothing has come yet, ends even then.
 
     ps: the `ParameterServer`; after_step: called after every step of the optimizer, or None.
     """
@@ -41,10 +41,10 @@ class ServerLoop:
     def __init__(self, ps, after_step):
         self.ps, self.after_step = ps, after_step
         self.parameters, self.schedule = ps.parameters, None if ps.schedule is None else deque(ps.schedule)
-        self.events = queue.SimpleQueue()  # (worker, rows or LEAVING, used parameters or why it is lost)
+        self.events = queue.SimpleQueue()  # (worker, (rows, used) of a push; None where it has left, why it is lost)
         self.clock = dict.fromkeys(ps.workers, 0)  # pushes applied, of those who are still there
         self.pulled_at = dict.fromkeys(ps.workers, ps.version)  # the version that each one has
-        self.arrived, self.waiting = {}, []  # pushes not yet applied; workers not yet answered
+        self.arrived, self.waiting = {}, []  # {worker: (rows, used)} not yet applied; workers not yet answered
         self.inbox = {worker: FlatBuffer(self.parameters) for worker in ps.workers}
         self.outbox = {} if ps.synchronous else {worker: FlatBuffer(self.parameters) for worker in ps.workers}
         self.answers = {}  # {worker: its last answer}, kept as it may be under way
@@ -59,53 +59,18 @@ class ServerLoop:
         for thread in threads:
             thread.start()
         while self.clock:
-            worker, rows, told = self.events.get()
+            worker, push, error = self.events.get()
             if worker not in self.clock:  # it has died: its last push may be heard of later
                 continue
-            if rows != LEAVING:
-                self.arrived[worker] = rows, told
+            if push:
+                self.arrived[worker] = push
             else:
                 steps = self.clock.pop(worker)
-                if told is not None:
-                    self._lose(worker, steps, told)
+                if error:
+                    self._lose(worker, steps, error)
             self._apply_together() if self.ps.synchronous else self._apply_apart()
         for thread in threads:
-            thread.join(1)  # but for a message cut off, all end now; one that woke while Python ends would abort it
-
-    def _listen(self, worker):
-        header = torch.empty(self.ps.header_bytes, dtype=torch.uint8)
-        try:
-            while True:
-                self._receive(header, worker)
-                rows = int(header[:8].view(torch.int64))
-                if rows in (LEAVING, FAILED):
-                    told = RuntimeError("an exception ended its `with`") if rows == FAILED else None
-                    return self.events.put((worker, LEAVING, told))
-                self._receive(self.inbox[worker].raw, worker)  # nobody reads it now: the last push was answered
-                bits = header[8:].tolist()
-                used = [bits[i // 8] >> i % 8 & 1 for i in range(len(self.parameters))]
-                self.events.put((worker, rows, used))
-        except RuntimeError as error:  # the connection is closed
-            self.events.put((worker, LEAVING, error))
-
-    def _watch(self, worker):
-        try:
-            self._receive(torch.empty(1, dtype=torch.uint8), worker, GOODBYE)
-        except RuntimeError as error:
-            self.events.put((worker, LEAVING, error))
-
-    def _receive(self, tensor, worker, tag=0):
-        """A worker may take its time. (Not torch's recv: waiting, it holds on to the group, which could not end.)"""
-        dist.irecv(tensor, group=self.ps.group, group_src=worker, tag=tag).wait(FOREVER)
-
-    def _lose(self, worker, steps, error):
-        self.ps.lost[worker] = error
-        self.arrived.pop(worker, None)
-        if self.ps.synchronous:
-            raise ConnectionError(
-                f"worker {worker} is lost after {steps} steps: a synchronous server cannot make up its share of the "
-                "batch (synchronous=False goes on with the others)"
-            ) from error
+            thread.join(1)  # one in a message cut off never ends; the others, waking while Python ends, would abort it
 
     def _apply_together(self):
         """One step with the mean of all workers' gradients, once all that are still there have pushed."""
@@ -141,17 +106,8 @@ class ServerLoop:
         """The worker whose push is applied next; None where that one has not arrived yet."""
         if self.schedule is None or not self.arrived:
             return next(iter(self.arrived), None)
-        done = len(self.ps.log)
-        if not self.schedule:
-            raise ValueError(f"the schedule ends after {done} pushes, but worker {min(self.arrived)} makes another one")
-        turn = self.schedule[0]
-        if turn in self.arrived:
-            return self.schedule.popleft()
-        at_work = self.clock.keys() - self.arrived.keys() - set(self.waiting)  # they may push or leave, and free others
-        if turn not in self.clock or not at_work:
-            why = "waits for slower ones, as staleness asks" if turn in self.clock else "has left"
-            raise ValueError(f"the schedule's push {done} (from 0) is worker {turn}'s, which {why}")
-        return None
+        self._check_schedule()
+        return self.schedule.popleft() if self.schedule[0] in self.arrived else None
 
     def _let_go(self):
         """Answer the workers that are not too far ahead of the slowest one that is still there."""
@@ -176,3 +132,51 @@ class ServerLoop:
             self.answers[worker] = self.ps.send(buffer.raw, worker)
         except RuntimeError:
             pass  # it has died: its threads tell
+
+    # ---- what the threads hear --------------------------------------------------------------------------------------
+
+    def _listen(self, worker):
+        header = torch.empty(header_bytes(len(self.parameters)), dtype=torch.uint8)
+        try:
+            while True:
+                self._receive(header, worker)
+                rows, used = read_header(header, len(self.parameters))
+                if rows in (LEAVING, FAILED):
+                    error = RuntimeError("an exception ended its `with`") if rows == FAILED else None
+                    return self.events.put((worker, None, error))
+                self._receive(self.inbox[worker].raw, worker)  # nobody reads it now: the last push was answered
+                self.events.put((worker, (rows, used), None))
+        except RuntimeError as error:  # the connection is closed
+            self.events.put((worker, None, error))
+
+    def _watch(self, worker):
+        try:
+            self._receive(torch.empty(1, dtype=torch.uint8), worker, GOODBYE)
+        except RuntimeError as error:
+            self.events.put((worker, None, error))
+
+    def _receive(self, tensor, worker, tag=0):
+        """Without a timeout: a worker may take its time. (torch's recv would keep the group from being destroyed.)"""
+        dist.irecv(tensor, group=self.ps.group, group_src=worker, tag=tag).wait(FOREVER)
+
+    # ---- when it goes wrong -----------------------------------------------------------------------------------------
+
+    def _lose(self, worker, steps, error):
+        self.ps.lost[worker] = error
+        self.arrived.pop(worker, None)
+        if self.ps.synchronous:
+            raise ConnectionError(
+                f"worker {worker} is lost after {steps} steps: a synchronous server cannot make up its share of the "
+                "batch (synchronous=False goes on with the others)"
+            ) from error
+
+    def _check_schedule(self):
+        """Raise ValueError where the schedule's next push can never come: the server would wait for it for ever."""
+        done = len(self.ps.log)
+        if not self.schedule:
+            raise ValueError(f"the schedule ends after {done} pushes, but worker {min(self.arrived)} makes another one")
+        turn = self.schedule[0]
+        at_work = self.clock.keys() - self.arrived.keys() - set(self.waiting)  # they may push or leave, and free others
+        if turn not in self.arrived and (turn not in self.clock or not at_work):
+            why = "waits for slower ones, as staleness asks" if turn in self.clock else "has left"
+            raise ValueError(f"the schedule's push {done} (from 0) is worker {turn}'s, which {why}")

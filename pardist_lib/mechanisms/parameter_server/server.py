@@ -3,8 +3,8 @@
 A step of a worker: push its gradients to the server, pull parameters back. What the server does in between is all
 the difference:
 
-    synchronous         waits for every worker, applies the mean of their gradients, answers all: one process's training
-    asynchronous        applies each gradient as it comes and answers at once: nobody waits, gradients are stale
+    synchronous         wait for every worker, apply the mean of their gradients, answer all: one process's training
+    asynchronous        apply each gradient as it comes and answer at once: nobody waits, gradients are stale
     bounded staleness   asynchronous, but a worker more than `staleness` steps ahead of the slowest waits for it
 
 A gradient is *stale* by as many versions as the server's parameters have moved on between the pull it was computed
@@ -19,16 +19,15 @@ Sources: Li et al., "Scaling Distributed Machine Learning with the Parameter Ser
 "More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server" (2013), section 3, for the bound.
 """
 
-import operator
 from contextlib import nullcontext, suppress
 
-import torch
 import torch.distributed as dist
 
-from ..collectives.agreement import compare, described, named_tensors
-from ..group import check_optimizer, rank_and_size, within
+from ..group import rank_and_size, within
+from .checks import check_arguments, check_same_module, check_serve, check_step
 from .flat_buffer import FlatBuffer
-from .loop import FAILED, GOODBYE, LEAVING, Applied, ServerLoop
+from .loop import Applied, ServerLoop
+from .messages import FAILED, GOODBYE, LEAVING, header
 
 __all__ = ["Applied", "ParameterServer"]
 
@@ -47,11 +46,11 @@ class ParameterServer:
 
     module       on every rank the same; parameters and buffers are set to the server's at the start.
     optimizer    a torch optimizer of the module's parameters. Only the server's ever steps and has state.
-    synchronous  False: every gradient is applied by itself, as it comes.
-    staleness    s ≥ 0, with synchronous=False: a worker that has pushed more than s steps more than the slowest waits
-                 for it before it gets its next parameters. None: nobody waits.
+    synchronous  True: one step with the mean of all workers' gradients. False: each one is applied as it comes.
+    staleness    with synchronous=False: a worker more than so many steps ahead of the slowest waits for it before it
+                 gets its next parameters. None: nobody waits.
     schedule     with synchronous=False: workers, by their ranks within the group, in the order in which their pushes
-                 are to be applied, so that a run can be repeated to the bit. One that comes too early is kept.
+                 are to be applied, so that a run can be repeated to the bit. A push that comes too early waits.
     push         "gradients", or "parameters": workers train by themselves with an optimizer of their own and push
                  how far their parameters have come since the last pull, which the server takes for a gradient (with
                  SGD(lr=1) its step is the mean of the workers' parameters: federated averaging).
@@ -62,8 +61,8 @@ class ParameterServer:
 
     A gradient that is None on a worker counts as zeros; where it is None on all of them the optimizer leaves the
     parameter alone, as in one process. Buffers are each rank's own after the start: BatchNorm's statistics move on the
-    workers only. Messages pass through the host's memory, over gloo: only there can be waited for one worker apart
-    from the others.
+    workers only. Messages pass through the host's memory, over gloo: it alone lets the server wait for each
+    worker apart from the others.
 
     A worker that dies (its connection closes) or raises within `with` counts as one that left: an asynchronous server
     goes on with the others, a synchronous one stops with ConnectionError, as its batch would no longer be the one
@@ -73,8 +72,18 @@ class ParameterServer:
     to train, an optimizer of other parameters, and options that do not go together.
     """
 
-    def __init__(self, module, optimizer, *, synchronous=True, staleness=None, schedule=None, push="gradients",
-                 server=0, group=None):  # fmt: skip
+    def __init__(
+        self,
+        module,
+        optimizer,
+        *,
+        synchronous=True,
+        staleness=None,
+        schedule=None,
+        push="gradients",
+        server=0,
+        group=None,
+    ):
         self.rank, n = rank_and_size(group)
         self.group, self.module, self.optimizer, self.push = group, module, optimizer, push
         self.synchronous, self.staleness = synchronous, staleness
@@ -83,13 +92,25 @@ class ParameterServer:
         self.workers = [r for r in range(n) if r != self.server]
         self.serving = self.rank == self.server
         self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self._check_arguments()
-        self._agree()
-        self.version, self.log, self.lost = 0, [], {}  # lost: {worker: what its connection said}
-        self.header_bytes = 8 + -(-len(self.parameters) // 8)
+        check_arguments(self)
+        check_same_module(self)
+        self.version, self.log, self.lost = 0, [], {}
         self.arriving, self.leaving = FlatBuffer(self.parameters), FlatBuffer(self.parameters)
         self.at_work = True  # a worker: until it leaves; the server: until it serves
-        self._start()
+        self._start_alike()
+
+    def _start_alike(self):
+        """All parameters and buffers, frozen ones too, from the server to every worker."""
+        state = [*self.module.parameters(), *self.module.buffers()]
+        message = FlatBuffer(state)
+        if self.serving:
+            message.read_from(state)
+            for work in [self.send(message.raw, worker) for worker in self.workers]:
+                work.wait()
+        else:
+            self.receive(message.raw, self.server)
+            message.write_into(state)
+            self.arriving.read_from(self.parameters)
 
     # ---- a worker -------------------------------------------------------------------------------------------------
 
@@ -99,27 +120,22 @@ class ParameterServer:
         rows: how many rows its gradient is the mean over; the synchronous server weights by it. 0: no gradient.
         Sends S and the header, receives S. Returns once the server lets this worker go on.
         """
-        if self.serving:
-            raise RuntimeError(f"rank {self.rank} is the server: it calls serve(), step() is for the workers")
-        count = operator.index(rows) if hasattr(rows, "__index__") and not isinstance(rows, torch.Tensor) else -1
-        if count < 0:
-            raise ValueError(f"rows is how many rows this gradient is the mean over, 0 or more, not {rows!r}")
-        if not self.at_work:
-            raise RuntimeError(f"rank {self.rank} has left the server: no step after leave()")
-        if not count:
-            pushed = [None] * len(self.parameters)
-        elif self.push == "gradients":
-            pushed = [p.grad if p.grad is None else p.grad.to_dense() for p in self.parameters]
-        else:
-            pairs = zip(self.arriving.views, self.parameters, strict=True)
-            pushed = [pulled - p.detach().to(pulled.device) for pulled, p in pairs]
+        check_step(self, rows)
+        pushed = self._to_push() if rows else [None] * len(self.parameters)
         used = [t is not None for t in pushed]
         self.leaving.read_from(pushed)
-        sends = [self.send(_header(count, used), self.server), self.send(self.leaving.raw, self.server)]
+        sends = [self.send(header(rows, used), self.server), self.send(self.leaving.raw, self.server)]
         self.receive(self.arriving.raw, self.server)
         for work in sends:
             work.wait()
         self.arriving.write_into(self.parameters)
+
+    def _to_push(self):
+        """A tensor for each parameter, or None: its gradient, or how far it has come since the last pull."""
+        if self.push == "gradients":
+            return [p.grad if p.grad is None else p.grad.to_dense() for p in self.parameters]
+        pairs = zip(self.arriving.views, self.parameters, strict=True)
+        return [pulled - p.detach().to(pulled.device) for pulled, p in pairs]
 
     def leave(self):
         """Tell the server that this worker makes no more steps. Sends a header and one byte."""
@@ -128,8 +144,8 @@ class ParameterServer:
     def _leave(self, why):
         if self.at_work and not self.serving:
             self.at_work = False
-            header = _header(why, [False] * len(self.parameters))
-            for work in (self.send(header, self.server), self.send(header[:1], self.server, GOODBYE)):
+            last = header(why, [False] * len(self.parameters))
+            for work in (self.send(last, self.server), self.send(last[:1], self.server, GOODBYE)):
                 work.wait()
 
     def __enter__(self):
@@ -147,73 +163,15 @@ class ParameterServer:
         after_step: called after every step of the optimizer: a place for schedulers and for measuring the loss
         (`ps.version` steps have been made). Receives S and a header, sends S, for each push.
         """
-        if not self.serving:
-            raise RuntimeError(f"rank {self.rank} is a worker: it calls step(), rank {self.server} serves")
-        if not self.at_work:
-            raise RuntimeError("this server has served, its workers have left: make a new ParameterServer on all ranks")
+        check_serve(self)
         self.at_work = False
         ServerLoop(self, after_step).run()
         return self.log
 
-    # ---- the start ------------------------------------------------------------------------------------------------
-
-    def _check_arguments(self):
-        if not self.workers:
-            raise ValueError("a parameter server needs a group of at least two ranks: one serves, the others work")
-        if "cpu:gloo" not in dist.get_backend_config(self.group):
-            raise ValueError('a parameter server needs gloo: init_process_group("cpu:gloo,cuda:nccl") has both')
-        if not self.parameters:
-            raise ValueError("this module has no parameter that requires a gradient: there is nothing to train")
-        check_optimizer(self.module, self.optimizer)
-        if self.push not in ("gradients", "parameters"):
-            raise ValueError(f'push is "gradients" or "parameters", not {self.push!r}')
-        if self.synchronous and (self.staleness is not None or self.schedule is not None):
-            raise ValueError("staleness and schedule are for synchronous=False: a synchronous server waits for all")
-        if self.staleness is not None and (not isinstance(self.staleness, int) or self.staleness < 0):
-            raise ValueError(f"staleness is a number of steps, 0 or more, or None, not {self.staleness!r}")
-        if wrong := [r for r in self.schedule or () if r not in self.workers]:
-            raise ValueError(f"the schedule names rank {wrong[0]}: the workers are {self.workers}")
-
-    def _agree(self):
-        """Workers tell the server what their modules look like, and hear from it what all said: where one differs, all
-        raise."""
-        mine = described(named_tensors(self.module))
-        everyone = [mine] * (len(self.workers) + 1)
-        if self.serving:
-            for worker in self.workers:
-                dist.recv_object_list(heard := [None], group=self.group, group_src=worker)
-                everyone[worker] = heard[0]
-            for worker in self.workers:
-                dist.send_object_list([everyone], group=self.group, group_dst=worker)
-        else:
-            dist.send_object_list([mine], group=self.group, group_dst=self.server)
-            dist.recv_object_list(heard := [None], group=self.group, group_src=self.server)
-            everyone = heard[0]
-        compare(everyone, self.group)
-
-    def _start(self):
-        """All parameters and buffers, frozen ones too, from the server to every worker."""
-        state = [*self.module.parameters(), *self.module.buffers()]
-        line = FlatBuffer(state)
-        if self.serving:
-            line.read_from(state)
-            for work in [self.send(line.raw, worker) for worker in self.workers]:
-                work.wait()
-        else:
-            self.receive(line.raw, self.server)
-            line.write_into(state)
-            self.arriving.read_from(self.parameters)
+    # ---- messages -------------------------------------------------------------------------------------------------
 
     def send(self, tensor, peer, tag=0):
         return dist.isend(tensor, group=self.group, group_dst=peer, tag=tag)
 
     def receive(self, tensor, peer):
         dist.recv(tensor, group=self.group, group_src=peer)
-
-
-def _header(rows, used):
-    """8 bytes for the number of rows, then a bit for each parameter: whether it has a gradient."""
-    bits = [0] * -(-len(used) // 8)
-    for i, is_used in enumerate(used):
-        bits[i // 8] |= is_used << i % 8
-    return torch.cat([torch.tensor([rows]).view(torch.uint8), torch.tensor(bits, dtype=torch.uint8)])

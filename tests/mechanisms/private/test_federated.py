@@ -10,7 +10,7 @@ from torch.distributed.algorithms.model_averaging.utils import average_parameter
 
 from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.private import coordinate_median, draw_clients, federated_round, train_locally, trimmed_mean
-from tests.mechanisms.test_parameter_server import Net, fails, same, state
+from tests.mechanisms.nets import Net, fails, same, state
 
 ROWS = (1, 12, 3, 30, 7, 5, 2, 18, 9, 4)  # of ten clients
 
