@@ -4,16 +4,16 @@ A step: every row takes part with probability `rate`, by its own throw of the di
 gradient is scaled down to a norm of at most `clip`. To their sum comes Gaussian noise of standard deviation
 sigma · clip. What leaves the step is
 
-    (Σ clipped gradients + noise) / (rate · n)
+    (Σ clipped gradients + noise) / (rate · rows)
 
-divided by the *expected* number of rows, since the true one depends on who took part. Removing one row changes the sum
-by at most `clip`, whatever is in it; the noise is sigma times that. How much an onlooker can learn about one row from
-all the steps is the accountant's business: `epsilon`, at a probability `delta` of worse.
+divided by the *expected* number of rows that take part, since the true one depends on who took part. Removing one row
+changes the sum by at most `clip`, whatever is in it; the noise is sigma times that. `epsilon` tells how much an
+onlooker can learn of one row from all the steps, except with a probability of `delta`.
 
 On ranks every rank holds its own rows and throws its own dice. Each adds noise of standard deviation
 sigma · clip / √ranks: variances add up, so that the sum has the stated scale. The guarantee is about the *sum*: one
-rank's own message has only its share of the noise. Sum with secure aggregation where it is to be hidden (there with
-noise that is made for whole numbers: Kairouz et al. 2021), and count ranks that collude out of √ranks.
+rank's own message has only its share of the noise. To hide that message too, sum with secure aggregation (and noise
+made for whole numbers: Kairouz et al. 2021), and leave ranks that may collude out of the count in √ranks.
 
 Sources: Abadi et al., "Deep Learning with Differential Privacy" (2016), algorithm 1; Mironov, "Rényi Differential
 Privacy" (2017), Mironov et al., "Rényi Differential Privacy of the Sampled Gaussian Mechanism" (2019) for `epsilon`;
@@ -29,6 +29,36 @@ import torch.distributed as dist
 from torch.func import functional_call, grad, vmap
 
 from ..group import rank_and_size
+from .checks import check_rate, check_rows_apart, check_sigma
+
+
+def private_gradient(model, loss, x, y, *, clip, sigma, expected, generator, group=None):
+    """Put one step's gradient, with its noise, into every trainable parameter's `.grad`, the same on every rank.
+
+    x, y       this rank's rows of this step (`poisson_rows` of its own), perhaps none
+    clip       the largest norm of one row's gradient
+    sigma      the noise on the *sum over all ranks* has the standard deviation sigma · clip, in each coordinate
+    expected   rate · rows of all ranks: how many take part on average
+    generator  this rank's own (`noise_generator`): the same on all ranks would make the noise √ranks times too large
+
+    Returns this rank's norms before clipping, (b,): they are private too. All-reduces S bytes.
+    Raises ValueError for sigma, clip or expected ≤ 0.
+    """
+    check_sigma(sigma)
+    if not expected > 0:
+        raise ValueError(f"expected is how many rows take part on average, above 0, not {expected}")
+    _, n = rank_and_size(group)
+    total, norms = clip_and_sum(per_sample_gradients(model, loss, x, y), clip)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scale = sigma * clip / math.sqrt(n)  # n ranks' noise adds up to sigma · clip
+    flat = torch.cat([total[name].flatten() for name in trained])
+    noise = torch.randn(flat.numel(), generator=generator, dtype=torch.float64)
+    flat += (scale * noise).to(flat)
+    dist.all_reduce(flat, group=group)
+    flat /= expected
+    for p, values in zip(trained.values(), flat.split([p.numel() for p in trained.values()]), strict=True):
+        p.grad = values.view_as(p).clone()
+    return norms
 
 
 def per_sample_gradients(model, loss, x, y):
@@ -39,17 +69,10 @@ def per_sample_gradients(model, loss, x, y):
 
     Raises ValueError for a model that mixes rows by BatchNorm, or has nothing to train.
     """
-    for name, part in model.named_modules():
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and (part.training or part.running_mean is None):
-            raise ValueError(
-                f"{name or 'the model'} is a {type(part).__name__}: it mixes the rows of a batch, so that no row has a "
-                "gradient of its own. Use GroupNorm or LayerNorm"
-            )
+    check_rows_apart(model)
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     fixed |= dict(model.named_buffers())
-    if not trained:
-        raise ValueError("no parameter requires a gradient: there is nothing to train")
     if not len(x):
         return {name: p.new_zeros(0, *p.shape) for name, p in trained.items()}
 
@@ -78,50 +101,19 @@ def clip_and_sum(gradients, clip):
 
 def poisson_rows(rows, rate, generator=None):
     """The numbers of the rows that take part: each of them with probability `rate`, by itself. Often none."""
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate is the probability with which a row takes part, above 0 and at most 1, not {rate}")
+    check_rate(rate)
     return (torch.rand(rows, generator=generator, dtype=torch.float64) < rate).nonzero().flatten()
 
 
 def noise_generator(seed=None, group=None):
     """A torch.Generator for noise and dice, another one on every rank. seed=None: from the operating system.
 
-    A seed is for experiments only: who knows it can subtract the noise. (Nor is torch's generator made for secrecy,
-    and the last bits of floating-point noise tell something, Mironov 2012: libraries in earnest use use neither.)
+    A seed is for experiments only: who knows it can subtract the noise. (Even without one this is for learning: torch's
+    generator is not made for secrecy, and the last bits of floating-point noise tell something, Mironov 2012.)
     """
     rank, n = rank_and_size(group)
     number = secrets.randbits(62) if seed is None else seed * n + rank
     return torch.Generator().manual_seed(number)
-
-
-def private_gradient(model, loss, x, y, *, clip, sigma, expected, generator, group=None):
-    """One step's gradient, noise and all, in every trainable parameter's `.grad`, the same on every rank.
-
-    x, y       this rank's rows of this step (`poisson_rows` of its own), perhaps none
-    clip       the largest norm of one row's gradient
-    sigma      the noise on the *sum over all ranks* has the standard deviation sigma · clip, in each coordinate
-    expected   rate · n, the rows of all ranks that take part on average
-    generator  this rank's own (`noise_generator`): with the same on all ranks the noise would add up to √ranks too much
-
-    Returns this rank's norms before clipping, (b,): they are private too. Gives S bytes to all_reduce.
-    Raises ValueError for sigma, clip or expected ≤ 0.
-    """
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma is the noise's standard deviation in units of clip, above 0, not {sigma}")
-    if not expected > 0:
-        raise ValueError(f"expected is how many rows take part on average, above 0, not {expected}")
-    _, n = rank_and_size(group)
-    total, norms = clip_and_sum(per_sample_gradients(model, loss, x, y), clip)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    scale = sigma * clip / math.sqrt(n)
-    line = torch.cat([total[name].flatten() for name in trained])
-    noise = torch.randn(line.numel(), generator=generator, dtype=torch.float64)
-    line += (scale * noise).to(line)
-    dist.all_reduce(line, group=group)
-    line /= expected
-    for p, values in zip(trained.values(), line.split([p.numel() for p in trained.values()]), strict=True):
-        p.grad = values.view_as(p).clone()
-    return norms
 
 
 def epsilon(rate, sigma, steps, delta):
@@ -133,10 +125,8 @@ def epsilon(rate, sigma, steps, delta):
 
     Raises ValueError for rate, sigma, steps or delta that are out of range.
     """
-    if not 0 < rate <= 1:
-        raise ValueError(f"rate is the probability with which a row takes part, above 0 and at most 1, not {rate}")
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma is the noise's standard deviation in units of clip, above 0, not {sigma}")
+    check_rate(rate)
+    check_sigma(sigma)
     if not 0 < delta < 1:
         raise ValueError(f"delta is a probability between 0 and 1, and best far below 1 / rows, not {delta}")
     if not 0 <= steps < math.inf or steps != int(steps):
@@ -147,11 +137,11 @@ def epsilon(rate, sigma, steps, delta):
 
     accountant = dp_accounting.rdp.RdpAccountant()
     step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma))
-    chatter = logging.getLogger("absl")  # it reports each of its many orders that it leaves out
-    level = chatter.level
-    chatter.setLevel(logging.ERROR)
+    log = logging.getLogger("absl")  # where the accountant reports every order that it leaves out
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         accountant.compose(step, int(steps))
         return float(accountant.get_epsilon(delta))
     finally:
-        chatter.setLevel(level)
+        log.setLevel(level)

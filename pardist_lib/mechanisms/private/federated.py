@@ -1,15 +1,15 @@
 """Federated averaging: the data stay with the clients that own them, models travel.
 
-A round: some clients are drawn; each takes the common model, trains it for a few epochs on its own rows, and hands back
-what came out; the new common model is the mean, each counting by its rows. On ranks each rank hosts any number of
-clients and trains its own one after the other, so that a hundred clients need four ranks, or one.
+A round: some clients are drawn; each takes the common model, trains it for a few epochs on its own rows and returns the
+result; the new common model is the mean of these, weighted by the clients' rows. Each rank hosts any number of clients
+and trains them one after the other, so that a hundred clients need four ranks, or one.
 
     one local step on all rows    the mean of the models is a step along the mean gradient: one process (FedSGD)
-    several local steps           fewer rounds, and other training: clients with other data pull to other places
+    several local steps           fewer rounds, but not the same training: clients pull to where their own data are
 
-The mean believes everybody. One client that lies can put it anywhere; the coordinate-wise median and the trimmed mean
-stay among the honest values, for as long as liars are few. They are not weighted, and for clients whose data differ
-they are not the mean: the price of not believing everybody is to hear rare opinions less.
+The mean trusts everybody: one client that lies can put it anywhere. The coordinate-wise median and the trimmed mean
+stay among the honest values as long as liars are few. The price: they are not weighted, and where clients' data differ
+they hear rare ones less than the mean does.
 
 Sources: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017), algorithm
 1; Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates" (2018), definitions 1 and 2.
@@ -19,7 +19,61 @@ import torch
 import torch.distributed as dist
 
 from ..averaging import average_parameters
-from ..group import rank_and_size
+from .checks import check_round
+
+
+def federated_round(model, clients, chosen, train, *, aggregate=None, group=None):
+    """One round, in place: afterwards every rank's model is the new common one. Returns this rank's updates.
+
+    model      the common model, equal on all ranks. Trainable parameters take part; buffers and frozen parameters stay
+               as they were (BatchNorm's statistics say a lot about one client's data: use GroupNorm)
+    clients    {client: (x, y)} of the clients that this rank hosts, any or none; each is on exactly one rank
+    chosen     the clients that take part, the same list on every rank (`draw_clients`)
+    train      train(model, x, y, client) trains the model it is given, in place
+    aggregate  None: the mean weighted by rows. Or a function from all chosen clients' updates, (clients, d), to one,
+               (d,): `coordinate_median`, `trimmed_mean`. An update is the model after training minus before, flat.
+
+    Returns {client: update} of this rank's own. With S bytes of parameters and k chosen clients all-reduces 4·k bytes
+    to see who hosts whom, and S + 8 for the weighted mean, or k·S for `aggregate`.
+
+    Raises ValueError for a client without rows, and where not every chosen client is on exactly one rank.
+    """
+    mine = [c for c in chosen if c in clients]
+    check_round(clients, chosen, group)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kept = [t.detach().clone() for t in model.buffers()]
+    start = _flat(parameters)
+    updates = {}
+    for client in mine:
+        x, y = clients[client]
+        train(model, x, y, client)
+        updates[client] = _flat(parameters) - start
+        _write(parameters, start)
+        for buffer, before in zip(model.buffers(), kept, strict=True):
+            buffer.data.copy_(before)
+    if aggregate is None:
+        rows = sum(len(clients[c][0]) for c in mine)
+        for client, update in updates.items():
+            start = start + len(clients[client][0]) / rows * update
+        _write(parameters, start)
+        average_parameters(model, rows, group)  # this rank's mean weighs as much as its clients have rows
+    else:
+        table = start.new_zeros(len(chosen), start.numel())
+        for client, update in updates.items():
+            table[chosen.index(client)] = update
+        dist.all_reduce(table, group=group)  # each row is filled by one rank, and zeros on the others
+        _write(parameters, start + aggregate(table))
+    return updates
+
+
+def _flat(parameters):
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+def _write(parameters, flat):
+    with torch.no_grad():
+        for p, values in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            p.copy_(values.view_as(p))
 
 
 def draw_clients(clients, share, round, seed=0):
@@ -60,50 +114,6 @@ def train_locally(model, loss, x, y, *, epochs=1, batch=None, lr=0.1, generator=
                         p -= lr * g
 
 
-def federated_round(model, clients, chosen, train, *, aggregate=None, group=None):
-    """One round, in place: afterwards every rank's model is the new common one. Returns this rank's updates.
-
-    model      the common model, equal on all ranks. Trainable parameters take part; buffers and frozen parameters are
-               as before afterwards (BatchNorm's statistics say a lot about one client's data: use GroupNorm)
-    clients    {client: (x, y)} of the clients that this rank hosts, any or none; each is on exactly one rank
-    chosen     the clients that take part, the same list on every rank (`draw_clients`)
-    train      train(model, x, y, client) trains the model it is given, in place
-    aggregate  None: the mean weighted by rows. Or a function from all chosen clients' updates, (clients, d), to one,
-               (d,): `coordinate_median`, `trimmed_mean`. An update is the model after training minus before, flat.
-
-    Returns {client: update} of this rank's own. Gives to all_reduce S bytes of parameters and 8 for the weighted mean;
-    for `aggregate`, as many updates as clients were chosen: that many times S.
-
-    Raises ValueError for a client without rows, and where not every chosen client is on exactly one rank.
-    """
-    mine = [c for c in chosen if c in clients]
-    _check(clients, mine, chosen, group)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    kept = [t.detach().clone() for t in model.buffers()]
-    start = _flat(parameters)
-    updates = {}
-    for client in mine:
-        x, y = clients[client]
-        train(model, x, y, client)
-        updates[client] = _flat(parameters) - start
-        _write(parameters, start)
-        for buffer, before in zip(model.buffers(), kept, strict=True):
-            buffer.data.copy_(before)
-    if aggregate is None:
-        rows = sum(len(clients[c][0]) for c in mine)
-        for client, update in updates.items():
-            start = start + len(clients[client][0]) / rows * update
-        _write(parameters, start)
-        average_parameters(model, rows, group)  # of this rank's mean, which counts as much as its clients have rows
-    else:
-        table = start.new_zeros(len(chosen), start.numel())
-        for client, update in updates.items():
-            table[chosen.index(client)] = update
-        dist.all_reduce(table, group=group)  # every row has one rank that fills it, and zeros from the others
-        _write(parameters, start + aggregate(table))
-    return updates
-
-
 def trimmed_mean(updates, trim):
     """(k, d) -> (d,): in each coordinate the mean without the `trim` largest and the `trim` smallest values.
 
@@ -117,32 +127,6 @@ def trimmed_mean(updates, trim):
 def coordinate_median(updates):
     """(k, d) -> (d,): in each coordinate the middle value, of an even number the mean of the two in the middle.
 
-    (torch.median takes the lower one of the two.) Stands fewer than half of the clients lying.
+    (torch.median takes the lower of the two.) Stands up to liars as long as they are fewer than half of the clients.
     """
     return trimmed_mean(updates, (len(updates) - 1) // 2)
-
-
-def _check(clients, mine, chosen, group):
-    rank_and_size(group)
-    if empty := [c for c in mine if not len(clients[c][0])]:
-        raise ValueError(f"client {empty[0]} has no data: leave it out of the round")
-    if uneven := [c for c in mine if len(clients[c][0]) != len(clients[c][1])]:
-        x, y = clients[uneven[0]]
-        raise ValueError(f"client {uneven[0]} has {len(x)} rows and {len(y)} labels")
-    if not chosen or len(set(chosen)) != len(chosen):
-        raise ValueError(f"a round needs different clients, at least one, not {list(chosen)}")
-    owners = torch.tensor([c in clients for c in chosen], dtype=torch.int32)
-    dist.all_reduce(owners, group=group)
-    if wrong := [c for c, many in zip(chosen, owners.tolist(), strict=True) if many != 1]:
-        many = int(owners[list(chosen).index(wrong[0])])
-        raise ValueError(f"client {wrong[0]} is on {many} ranks: each is hosted by exactly one")
-
-
-def _flat(parameters):
-    return torch.cat([p.detach().flatten() for p in parameters])
-
-
-def _write(parameters, flat):
-    with torch.no_grad():
-        for p, values in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            p.copy_(values.view_as(p))

@@ -1,9 +1,9 @@
 """Secure aggregation: the server learns the sum of the clients' vectors, and nothing else about any one of them.
 
-Every client adds masks to its vector, modulo 2³², that are as random as a one-time pad. For each pair of clients one
+Every client adds masks to its vector, modulo 2³², that are as random as a one-time pad. Of each pair of clients one
 adds and the other subtracts the same *pair mask*: in the sum they cancel. On top comes an *own mask*, which the server
-can remove only with the help of many clients. What a client leaves behind in case it goes silent are shares of its
-secrets (Shamir): any `threshold` clients together can restore a secret, fewer know nothing about it.
+can remove only with the help of many clients. In case a client goes silent, it first gives shares of its secrets to the
+others (Shamir): any `threshold` clients together can restore a secret, fewer know nothing about it.
 
     1 keys      client → server: two public keys; the server passes everybody's on
     2 shares    client → server → other clients: shares of the own mask's seed and of the pair masks' private key,
@@ -12,17 +12,17 @@ secrets (Shamir): any `threshold` clients together can restore a secret, fewer k
     4 answers   the server says whose message arrived. Client → server: of each of those the share of the own seed, of
                 each that fell silent the share of the private key. Never both of one client
 
-The last line is why there are two kinds of masks: a slow client that the server holds for gone, or says that it is,
-has its pair masks restored; when its message comes after all, the own mask still hides it. And as the threshold is more
-than half of the clients, no two groups of them can be told different stories that together give both secrets away.
+The last line is why there are two kinds of masks. Of a slow client that the server takes for gone, or calls gone, the
+pair masks are restored; when its message comes after all, its own mask still hides it. And as the threshold is more
+than half of the clients, the server cannot ask one half for one secret of a client and the other half for the other.
 
-The server is curious but keeps to the protocol, and so do the clients. Against a server that lies about *keys* they
+The server is curious but keeps to the protocol, and so do the clients. Against a server that lies about *keys* these
 would have to be signed (the paper's section 6.2 and its consistency round), which is left out here.
 
 Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning" (2017), figure 4.
 Key agreement X25519, derivation HKDF-SHA256, masks ChaCha20, shares encrypted with ChaCha20-Poly1305, all from
-`cryptography`; Shamir's sharing over GF(2¹²⁸) from `pycryptodome`. Who carries the messages is not the business of this
-file: `secure_sum` does it on ranks.
+`cryptography`; Shamir's sharing over GF(2¹²⁸) from `pycryptodome`. This file sends nothing: `secure_sum` carries the
+messages between ranks.
 """
 
 import secrets
@@ -38,98 +38,24 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from .checks import check_enough, check_threshold
+
 MESSAGES = ("keys", "shares", "masked", "answers")  # what a client sends, in this order
 KEY_BYTES, SHARE_BYTES = 64, 64  # two public keys; three shares of 16 bytes and the seal that they are unaltered
 HALF, FIELD = 2**31, 2**32
-
-
-class TooFewClients(RuntimeError):
-    """So many clients fell silent that the sum cannot be unmasked. It is lost; nobody's vector is revealed."""
-
-
-# ---- numbers --------------------------------------------------------------------------------------------------
-
-
-def largest(clients, fraction_bits=16):
-    """The largest value that each of so many clients can bring without the sum leaving the field."""
-    return (HALF - 1) // clients / 2**fraction_bits
-
-
-def encode(values, clients, fraction_bits=16):
-    """Real numbers as int32: fixed point, round(value · 2^fraction_bits), in two's complement modulo 2³².
-
-    clients: how many vectors are to be added up at most. float64 holds every encoded number exactly.
-    Raises ValueError for a value beyond `largest(clients, fraction_bits)`, where the sum could wrap, and for NaN.
-    """
-    most = largest(clients, fraction_bits)
-    values = torch.as_tensor(values).detach().cpu().double()
-    worst = values.abs().max().item() if values.numel() else 0.0
-    if not worst <= most:
-        raise ValueError(
-            f"{worst:.6g} cannot be encoded: with {fraction_bits} bits for the fraction and {clients} clients a value "
-            f"is at most {most:.6g}, or the sum could leave 32 bits. Use fewer fraction bits, or clip first"
-        )
-    scaled = (values * 2.0**fraction_bits).round()
-    return scaled.clamp(-((HALF - 1) // clients), (HALF - 1) // clients).to(torch.int32)
-
-
-def decode(total, fraction_bits=16):
-    """The reals, float64, that an int32 sum stands for: exactly the sum of the rounded values."""
-    return total.double() / 2.0**fraction_bits
-
-
-def add(*tensors):
-    """The sum modulo 2³², int32. Added up in 64 bits, where nothing overflows, and then wrapped."""
-    total = sum(t.long() for t in tensors)
-    return ((total + HALF) % FIELD - HALF).to(torch.int32)
-
-
-def negative(tensor):
-    """What added to `tensor` gives 0 modulo 2³²."""
-    return add(torch.zeros_like(tensor), -tensor.long())
-
-
-# ---- masks ----------------------------------------------------------------------------------------------------
-
-
-def _derive(secret, purpose):
-    return HKDF(SHA256(), 32, None, purpose).derive(secret)
-
-
-def own_mask(seed, size):
-    """`size` numbers of 32 bits that look random to all who do not know the 16 bytes of the seed."""
-    return _stream(_derive(seed, b"own mask"), size)
-
-
-def pair_mask(private, public, me, other, size):
-    """What client `me` adds because of client `other`; what `other` adds because of `me` is its negative.
-
-    private, public: of the two clients, one's private and the other's public key, either way round.
-    """
-    secret = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
-    mask = _stream(_derive(secret, b"pair mask"), size)
-    return mask if me < other else negative(mask)
-
-
-def _stream(key, size):
-    zeros = bytes(4 * size)
-    stream = Cipher(ChaCha20(key, bytes(16)), None).encryptor().update(zeros)  # each key makes one stream only
-    return torch.frombuffer(bytearray(stream), dtype=torch.int32) if size else torch.empty(0, dtype=torch.int32)
-
-
-def _key_pair():
-    private = X25519PrivateKey.generate()  # from the operating system's generator
-    return private.private_bytes_raw(), private.public_key().public_bytes_raw()
 
 
 # ---- one client -----------------------------------------------------------------------------------------------
 
 
 class Client:
-    """One client in one round: `keys`, `shares`, `masked`, `answers`, in this order, each once, or RuntimeError.
+    """One client in one round. It sends `keys`, `shares`, `masked`, `answers`, in this order and each once.
 
     number     its number, the same for everybody; clients are told apart and put in order by it.
     clients    how many there are; threshold: how many have to answer so that the sum can be unmasked.
+
+    Raises RuntimeError for a message out of turn, ValueError for shares that were altered, a vector that the masks do
+    not cover and a threshold that hides nothing, TooFewClients where so few are left that the sum is lost.
     """
 
     def __init__(self, number, clients, threshold):
@@ -151,8 +77,8 @@ class Client:
         check_enough(keys, range(self.clients), self.threshold, "sent keys")
         self._keys = keys
         order = sorted(keys)
-        pieces = [Shamir.split(self.threshold, len(order), secret) for secret in
-                  (self.seed, self.private[:16], self.private[16:])]  # fmt: skip
+        secrets_of_16 = self.seed, self.private[:16], self.private[16:]
+        pieces = [Shamir.split(self.threshold, len(order), secret) for secret in secrets_of_16]
         sealed = {}
         for i, other in enumerate(order):
             three = b"".join(piece[i][1] for piece in pieces)
@@ -222,11 +148,11 @@ def unmask(masked, keys, sharers, answers, threshold):
     Raises TooFewClients where fewer answered.
     """
     check_enough(answers, masked, threshold, "answered")
-    place = {client: i for i, client in enumerate(sorted(keys), 1)}
+    share_of = {client: i for i, client in enumerate(sorted(keys), 1)}  # Shamir numbers shares from 1
     helpers = sorted(answers)[:threshold]
 
     def restored(client, start, end):
-        return Shamir.combine([(place[h], answers[h][client][start:end]) for h in helpers])
+        return Shamir.combine([(share_of[h], answers[h][client][start:end]) for h in helpers])
 
     size = len(next(iter(masked.values())))
     total = add(*masked.values())
@@ -239,24 +165,76 @@ def unmask(masked, keys, sharers, answers, threshold):
     return total
 
 
-def check_threshold(clients, threshold):
-    """Raises ValueError where so many clients, with this threshold, could not hide anything."""
-    if clients < 3:
-        raise ValueError(
-            f"{clients} clients: from the sum of two each could work out the other's vector; have 3 or more"
-        )
-    if threshold != int(threshold) or not clients / 2 < threshold <= clients:
-        raise ValueError(
-            f"a threshold of {threshold} for {clients} clients: it has to be more than half of them, "
-            f"{clients // 2 + 1} to {clients}, or the server could ask two halves for the two secrets of one client"
-        )
+# ---- masks ----------------------------------------------------------------------------------------------------
 
 
-def check_enough(here, of, threshold, did):
-    """Raises TooFewClients, with names, where fewer than `threshold` of the clients `of` did their part."""
-    if len(here) < threshold:
-        gone = sorted(set(of) - set(here))
-        raise TooFewClients(
-            f"{len(here)} clients {did} ({', '.join(map(str, sorted(here))) or 'none'}), {threshold} are needed; gone: "
-            f"{', '.join(map(str, gone))}. The sum is lost, and nobody's vector is revealed"
+def _derive(secret, purpose):
+    return HKDF(SHA256(), 32, None, purpose).derive(secret)
+
+
+def own_mask(seed, size):
+    """`size` numbers of 32 bits that look random to all who do not know the 16 bytes of the seed."""
+    return _stream(_derive(seed, b"own mask"), size)
+
+
+def pair_mask(private, public, me, other, size):
+    """What client `me` adds because of client `other`; what `other` adds because of `me` is its negative.
+
+    private, public: of the two clients, one's private and the other's public key, either way round.
+    """
+    secret = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
+    mask = _stream(_derive(secret, b"pair mask"), size)
+    return mask if me < other else negative(mask)
+
+
+def _stream(key, size):
+    zeros = bytes(4 * size)
+    stream = Cipher(ChaCha20(key, bytes(16)), None).encryptor().update(zeros)  # each key makes one stream only
+    return torch.frombuffer(bytearray(stream), dtype=torch.int32) if size else torch.empty(0, dtype=torch.int32)
+
+
+def _key_pair():
+    private = X25519PrivateKey.generate()  # from the operating system's generator
+    return private.private_bytes_raw(), private.public_key().public_bytes_raw()
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------
+
+
+def largest(clients, fraction_bits=16):
+    """The largest value that each of so many clients can bring without the sum leaving the field."""
+    return (HALF - 1) // clients / 2**fraction_bits
+
+
+def encode(values, clients, fraction_bits=16):
+    """Real numbers as int32: fixed point, round(value · 2^fraction_bits), in two's complement modulo 2³².
+
+    clients: how many vectors are to be added up at most. float64 holds every encoded number exactly.
+    Raises ValueError for a value beyond `largest(clients, fraction_bits)`, where the sum could wrap, and for NaN.
+    """
+    most = largest(clients, fraction_bits)
+    values = torch.as_tensor(values).detach().cpu().double()
+    worst = values.abs().max().item() if values.numel() else 0.0
+    if not worst <= most:
+        raise ValueError(
+            f"{worst:.6g} cannot be encoded: with {fraction_bits} bits for the fraction and {clients} clients a value "
+            f"is at most {most:.6g}, or the sum could leave 32 bits. Use fewer fraction bits, or clip first"
         )
+    scaled = (values * 2.0**fraction_bits).round()
+    return scaled.clamp(-((HALF - 1) // clients), (HALF - 1) // clients).to(torch.int32)
+
+
+def decode(total, fraction_bits=16):
+    """The reals, float64, that an int32 sum stands for: exactly the sum of the rounded values."""
+    return total.double() / 2.0**fraction_bits
+
+
+def add(*tensors):
+    """The sum modulo 2³², int32. Added up in 64 bits, where nothing overflows, and then wrapped."""
+    total = sum(t.long() for t in tensors)
+    return ((total + HALF) % FIELD - HALF).to(torch.int32)
+
+
+def negative(tensor):
+    """What added to `tensor` gives 0 modulo 2³²."""
+    return add(torch.zeros_like(tensor), -tensor.long())
