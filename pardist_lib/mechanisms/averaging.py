@@ -1,13 +1,13 @@
 """Averaging parameters instead of gradients: once, every k steps, or after every step; and local SGD.
 
-Each rank trains by itself; now and then all take θ = Σ wᵢ·θᵢ, with wᵢ = 1/N or a rank's share of the rows. n: ranks,
-S: bytes of the parameters. Averaging every k steps sends 1/k of what averaging every step does.
+Each rank trains by itself; now and then all take θ = Σ wᵢ·θᵢ, with wᵢ = 1/n or a rank's share of the rows. n: ranks,
+S: bytes of the parameters. Averaging every k steps sends 1/k of what averaging after every step does.
 
-What equals one process on the whole batch, where all start alike and average after every step: SGD, with momentum and
-weight decay too. They are linear in the gradients, so that the mean of what each rank would do is what the mean
-gradient does, and the momentum buffers need not even be exchanged (their mean is the momentum of one process; with
-weights, as long as these stay the same). Adam is not linear: it divides by the root of a mean of squares, and the mean
-over ranks of g² is not the square of the mean. It trains, but differently, with its state averaged or not.
+SGD equals one process on the whole batch, with momentum and weight decay too, where all ranks start alike and average
+after every step. It is linear in the gradients: the mean of the ranks' steps is the step of the mean gradient. Not even
+the momentum buffers need be exchanged: their mean is the momentum of one process (with weights, as long as these stay
+the same). Adam is not linear: it divides by the root of a mean of squares, and the mean over ranks of g² is not the
+square of the mean. It trains, but differently, with its state averaged or not.
 
 Sources: Zinkevich et al., "Parallelized Stochastic Gradient Descent" (2010), for one average at the end; McMahan et
 al., "Communication-Efficient Learning of Deep Networks from Decentralized Data" (2017), algorithm 1, for weights and
@@ -31,12 +31,12 @@ def average_parameters(module, weights=None, group=None, optimizer=None):
     module     on every rank the same; frozen parameters and buffers are left alone. A shared one counts once.
     weights    a number: this rank's own weight (its rows, say), which may differ from rank to rank and from call to
                call; or a list with every rank's, the same on all. None: all count alike. They need not add up to 1.
-               Of a rank that weighs 0 nothing is taken, whatever its parameters are: NaN, too.
+               Nothing is taken from a rank that weighs 0, not even its NaN.
     optimizer  its state is averaged too, with the same weights: whatever has its parameter's shape (momentum, Adam's
                two means); the step counts stay, and so do Adafactor's means over rows and columns.
 
-    Called once after training it is one-shot averaging. Gives to all_reduce S bytes, those of the state besides, and
-    8 where each rank knows its own weight only; 16 more with an optimizer, to see that all have the same state.
+    Called once after training it is one-shot averaging. All-reduces S bytes, and 8 where each rank knows only its own
+    weight; with an optimizer also the bytes of its state, and 16 to compare what state the ranks have.
     Raises ValueError, on every rank, for weights that are negative, not finite, all 0 or not as many as ranks, for an
     optimizer of other parameters, and where the optimizer's state is not of the same kind on all ranks (one that has
     not stepped yet has none).
@@ -46,53 +46,12 @@ def average_parameters(module, weights=None, group=None, optimizer=None):
     share = _share(weights, group, device)
     if optimizer is not None:
         check_optimizer(module, optimizer)
-        tensors += _state(module, optimizer, group, device)
+        state = _state(module, optimizer)
+        _check_same_state([kind for kind, _ in state], group, device)
+        tensors += [t for _, t in state]
     with torch.no_grad():
         for t, mean in zip(tensors, sum_over_ranks(tensors, group, scale=share), strict=True):
             t.copy_(mean)
-
-
-def _share(weights, group, device):
-    """This rank's weight, such that all of them add up to 1."""
-    rank, n = rank_and_size(group)
-    if weights is None:
-        return 1 / n
-    weights = weights.tolist() if hasattr(weights, "tolist") else weights  # NumPy's and torch's numbers and arrays
-    if isinstance(weights, (int, float)):
-        mine, wrong = float(weights), not 0 <= weights < math.inf
-        total = torch.tensor([math.nan if wrong else mine], dtype=torch.float64, device=device)
-        dist.all_reduce(total, group=group)  # NaN tells all ranks of a wrong one
-        total = total.item()
-    else:
-        weights = [float(w) for w in weights]
-        if len(weights) != n:
-            raise ValueError(f"{len(weights)} weights for {n} ranks: give every rank's, or this rank's own as a number")
-        mine, total = weights[rank], math.nan if min(weights) < 0 else sum(weights)
-    if not math.isfinite(total):
-        raise ValueError(f"a weight is a number of rows, or another share, 0 or more and finite, not {weights}"
-                         f"{'' if isinstance(weights, list) else ' (or what another rank gave)'}")  # fmt: skip
-    if not total:
-        raise ValueError("all weights are 0: somebody has to count")
-    return mine / total
-
-
-def _state(module, optimizer, group, device):
-    """The optimizer's tensors that are shaped like their parameter, in the same order on every rank."""
-    found, told = [], []
-    for i, p in enumerate(p for p in module.parameters() if p.requires_grad):
-        for name, value in sorted(optimizer.state.get(p, {}).items()):
-            if isinstance(value, torch.Tensor) and value.shape == p.shape and name != "step":
-                found.append(value)
-                told.append((i, name, str(value.dtype)))
-    mark = zlib.crc32(repr(told).encode())
-    extremes = torch.tensor([mark, -mark], device=device)
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    if extremes[0] != -extremes[1]:
-        raise ValueError(
-            f"the optimizer's state differs in kind between ranks (here {len(found)} tensors): "
-            "all of them have to have made a step with a gradient for the same parameters"
-        )
-    return found
 
 
 class LocalSGD:
@@ -110,17 +69,17 @@ class LocalSGD:
     weights             as for `average_parameters`: a number, this rank's own, or a list of all ranks'.
     average_state       average the optimizer's state too, whenever the parameters are.
     outer               a function from a list of parameters to a torch optimizer, as in
-                        lambda ps: torch.optim.SGD(ps, lr=0.7, momentum=0.9, nesterov=True). It takes how far the mean
-                        has come since the last average for a gradient, and steps from there (DiLoCo). Without momentum
-                        and with lr=1 it would end at the mean itself. Costs S of memory, and its state; nothing is
-                        sent for it, as every rank computes the same.
+                        lambda ps: torch.optim.SGD(ps, lr=0.7, momentum=0.9, nesterov=True). It starts where the last
+                        average ended and takes the way from the mean back to there for a gradient (DiLoCo). Without
+                        momentum and with lr=1 it would end at the mean itself. Needs S bytes of memory and its state;
+                        sends nothing, as every rank computes the same.
 
-    Training goes on from a checkpoint where it was taken right after an average: load module and optimizer before this
-    is made, as the outer optimizer starts from what the module holds then, and after that its own state
+    A checkpoint is taken right after an average. To go on from it, load module and optimizer before this object is
+    made, since the outer optimizer starts from what the module holds then; and afterwards the outer optimizer's state
     (`outer.load_state_dict`).
 
-    Sends in `every` steps what one average sends: S bytes to all_reduce. Raises ValueError for every < 1, and for an
-    optimizer of other parameters.
+    In `every` steps sends what one average sends: all-reduces S bytes. Raises ValueError for every < 1, for a module
+    that has nothing to train, and for an optimizer of other parameters.
     """
 
     def __init__(self, module, optimizer, every, weights=None, group=None, *, average_state=False, outer=None):
@@ -159,3 +118,52 @@ class LocalSGD:
             self.outer.step()
             for start, p in zip(self.start, self.parameters, strict=True):
                 p.copy_(start)
+
+
+# ---- weights and state ----------------------------------------------------------------------------------------
+
+
+def _share(weights, group, device):
+    """This rank's weight, such that all of them add up to 1."""
+    rank, n = rank_and_size(group)
+    if weights is None:
+        return 1 / n
+    weights = weights.tolist() if hasattr(weights, "tolist") else weights  # NumPy's and torch's numbers and arrays
+    if isinstance(weights, (int, float)):
+        mine = float(weights) if 0 <= weights < math.inf else math.nan  # NaN tells all ranks of a wrong one
+        total = torch.tensor([mine], dtype=torch.float64, device=device)
+        dist.all_reduce(total, group=group)
+        total, whose = total.item(), " (or what another rank gave)"
+    else:
+        weights = [float(w) for w in weights]
+        if len(weights) != n:
+            raise ValueError(f"{len(weights)} weights for {n} ranks: give every rank's, or this rank's own as a number")
+        mine, total, whose = weights[rank], math.nan if min(weights) < 0 else sum(weights), ""
+    if not math.isfinite(total):
+        raise ValueError(f"a weight is a number of rows, or another share, 0 or more and finite, not {weights}{whose}")
+    if not total:
+        raise ValueError("all weights are 0: somebody has to count")
+    return mine / total
+
+
+def _state(module, optimizer):
+    """[(what it is, tensor)] of the optimizer's tensors that are shaped like their parameter."""
+    return [
+        ((i, name, str(value.dtype)), value)
+        for i, p in enumerate(p for p in module.parameters() if p.requires_grad)
+        for name, value in sorted(optimizer.state.get(p, {}).items())
+        if isinstance(value, torch.Tensor) and value.shape == p.shape and name != "step"
+    ]
+
+
+def _check_same_state(kinds, group, device):
+    """Raise ValueError, on every rank, where the ranks' optimizers hold different state: the all-reduce would add up
+    what does not belong together."""
+    mark = zlib.crc32(repr(kinds).encode())
+    extremes = torch.tensor([mark, -mark], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    if extremes[0] != -extremes[1]:
+        raise ValueError(
+            f"the optimizer's state differs in kind between ranks (here {len(kinds)} tensors): "
+            "all of them have to have made a step with a gradient for the same parameters"
+        )
