@@ -1,5 +1,8 @@
 """python -m tests.benchmarks [PAIRS] [NAME …]: every comparison in one run, as one table in RESULTS.md. With names
-(`sharded`, …) only those files' rows are taken anew; the others stay as they were."""
+(`sharded`, …) only those files' rows are taken anew; the others stay as they were.
+
+python -m tests.benchmarks.between OLD_TREE [PAIRS]: another checkout of the repository against this one.
+"""
 
 import os
 import platform
@@ -22,12 +25,16 @@ def main(pairs, names):
     for name in names:
         rows = []
         for row in import_module(f"tests.benchmarks.{name}").rows(pairs):
-            row = {"unit": "×"} | row
-            numbers = " | ".join(f"{row[k]:.3g} {row['unit']}" for k in ("median", "low", "high"))
-            rows.append(f"| {row['name']} | {row['ranks']} | {numbers} | {row['target']} |\n")
+            rows.append(line(row))
             print(rows[-1], end="", flush=True)
         if rows:
             keep(name, f"{date.today()}, {pairs} interleaved pairs\n\n{HEAD}{''.join(rows)}")
+
+
+def line(row):
+    row = {"unit": "×"} | row
+    numbers = " | ".join(f"{row[k]:.3g} {row['unit']}" for k in ("median", "low", "high"))
+    return f"| {row['name']} | {row['ranks']} | {numbers} | {row['target']} |\n"
 
 
 def keep(name, table):
@@ -39,7 +46,7 @@ def keep(name, table):
         f"say little on a shared machine. {platform.system()}, {platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, torch {torch.__version__}.\n"
     ]
-    parts += [f"## {file}\n\n{tables[file].rstrip()}\n" for file in FILES if file in tables]
+    parts += [f"## {file}\n\n{tables[file].rstrip()}\n" for file in (*FILES, "between") if file in tables]
     RESULTS.write_text("\n".join(parts))
 
 
