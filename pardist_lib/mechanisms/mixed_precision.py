@@ -23,59 +23,18 @@ from torch.overrides import TorchFunctionMode
 from .collectives.agreement import sum_over_ranks
 from .group import rank_and_size
 
-__all__ = ["LossScaler", "MasterWeights", "autocast", "average_gradients", "check_precision"]
-
-# What gains from 16 bits: sums of products, which the hardware adds up in 32 …
-LOW = frozenset(
-    "linear bilinear matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv addbmm baddbmm chain_matmul einsum conv1d "
-    "conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc scaled_dot_product_attention "
-    "multi_head_attention_forward addr linalg_multi_dot linalg_vecdot prelu lstm_cell gru_cell rnn_tanh_cell "
-    "rnn_relu_cell".split()
-)
-# … and what loses: exponents, powers, long sums, losses.
-FULL = frozenset(
-    "exp expm1 log log10 log1p log2 pow __pow__ __rpow__ rsqrt reciprocal sinh cosh tan acos asin erfinv sum prod "
-    "cumsum cumprod norm linalg_vector_norm linalg_matrix_norm dist cdist pdist renorm logsumexp softmax "
-    "log_softmax softmin softplus layer_norm group_norm rms_norm cosine_similarity multi_margin_loss "
-    "multilabel_margin_loss soft_margin_loss cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss "
-    "kl_div binary_cross_entropy_with_logits poisson_nll_loss cosine_embedding_loss margin_ranking_loss "
-    "hinge_embedding_loss triplet_margin_loss".split()
-)
-
-
-def check_precision(dtype, device="cpu"):
-    """Raise ValueError where `dtype` is neither float16 nor bfloat16, or where the device cannot train with it."""
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"{dtype!r} is not a precision for this: torch.float16 or torch.bfloat16")
-    device = torch.device(device)
-    if device.type == "meta":
-        return
-    other = "bfloat16, which needs no loss scale" if dtype == torch.float16 else "float16 with a LossScaler"
-    try:
-        _try(dtype, device)
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0][:120]
-        raise ValueError(f"{device} cannot compute in {dtype} ({why}): use {other}, or float32") from None
-
-
-def _try(dtype, device):
-    """A layer, forward and backward."""
-    with torch.inference_mode(False), torch.enable_grad():
-        w = torch.ones(8, 8, dtype=dtype, device=device, requires_grad=True)
-        (torch.ones(8, 8, dtype=dtype, device=device) @ w).sum().backward()
-
 
 class autocast(TorchFunctionMode):
     """`with autocast(torch.float16): loss = model(x)`: every operation in the precision that suits it.
 
-    The arguments of matrix products and convolutions (LOW above) are cast to `dtype`, those of losses, exponents and
+    The arguments of matrix products and convolutions (LOW below) are cast to `dtype`, those of losses, exponents and
     long sums (FULL) to float32; everything else computes in what it is given. The casts are differentiable, so
-    parameters stay float32, and so do their gradients. A parameter is cast once and used again until the block ends.
+    parameters and their gradients stay float32. A parameter is cast once and used again until the block ends.
     float64 is left alone. Leave the block before backward.
 
-    The lists follow torch.autocast's for a GPU; on a CPU torch keeps softmax, norms and sums in 16 bits. This sees
-    calls by their Python names: what a ready-made function calls inside of it (multi_head_attention_forward) computes
-    in what it was given, where torch's dispatcher looks at each operation. nn.LSTM and nn.GRU want float32.
+    The lists follow torch.autocast's for a GPU; on a CPU torch keeps softmax, norms and sums in 16 bits. torch's
+    dispatcher sees every operation, this class only calls by their Python names: what a ready-made function such as
+    multi_head_attention_forward calls inside computes in what it was given. nn.LSTM and nn.GRU want float32.
 
     Sends nothing. Raises ValueError as `check_precision`.
     """
@@ -117,6 +76,24 @@ class autocast(TorchFunctionMode):
         return self._casts[key][1]
 
 
+# What gains from 16 bits: sums of products, which the hardware adds up in 32 …
+LOW = frozenset(
+    "linear bilinear matmul __matmul__ __rmatmul__ mm bmm mv addmm addmv addbmm baddbmm chain_matmul einsum conv1d "
+    "conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc scaled_dot_product_attention "
+    "multi_head_attention_forward addr linalg_multi_dot linalg_vecdot prelu lstm_cell gru_cell rnn_tanh_cell "
+    "rnn_relu_cell".split()
+)
+# … and what loses: exponents, powers, long sums, losses.
+FULL = frozenset(
+    "exp expm1 log log10 log1p log2 pow __pow__ __rpow__ rsqrt reciprocal sinh cosh tan acos asin erfinv sum prod "
+    "cumsum cumprod norm linalg_vector_norm linalg_matrix_norm dist cdist pdist renorm logsumexp softmax "
+    "log_softmax softmin softplus layer_norm group_norm rms_norm cosine_similarity multi_margin_loss "
+    "multilabel_margin_loss soft_margin_loss cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss "
+    "kl_div binary_cross_entropy_with_logits poisson_nll_loss cosine_embedding_loss margin_ranking_loss "
+    "hinge_embedding_loss triplet_margin_loss".split()
+)
+
+
 class LossScaler:
     """Scales the loss up before backward and the gradients down before the step, as torch.amp.GradScaler does.
 
@@ -126,26 +103,19 @@ class LossScaler:
         scaler.step(optimizer)           # skipped where a gradient is infinite or NaN, on all ranks or on none
         scaler.update()                  # × backoff_factor after a skip, × growth_factor after enough good steps
 
-    agree=True: the verdict is the maximum over `group`, 4 bytes to all_reduce for each optimizer and step. It is needed
-    wherever ranks look at different gradients: shards, or gradients that are not yet reduced. Without it one rank
-    steps and another does not, and they never meet again. Where gradients were averaged by an all-reduce before,
-    False does: one rank's infinity is then in everybody's mean.
+    agree=True: whether to skip is the maximum over `group`; all-reduces 4 bytes for each optimizer and step. It is
+    needed wherever ranks look at different gradients: shards, or gradients that are not yet reduced. Without it one
+    rank steps and another does not, and their models differ from then on. Where gradients were averaged by an
+    all-reduce before, False is enough: one rank's infinity is then in everybody's mean.
 
-    A scale that would grow beyond float32's range stays. Raises ValueError for a scale that is not finite and above
-    0, growth_factor <= 1, backoff_factor outside (0, 1), growth_interval < 1, and for gradients that are float16
-    themselves; RuntimeError where unscale_, step and update do not follow each other.
+    A scale that would grow beyond float32's range stays. Raises ValueError for numbers out of range and for gradients
+    that are float16 themselves; RuntimeError where unscale_, step and update do not follow each other.
     """
 
-    def __init__(self, init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, *,
-                 group=None, agree=True):  # fmt: skip
-        if not (math.isfinite(init_scale) and 0 < _float32(init_scale) < math.inf):
-            raise ValueError(f"init_scale is what the loss is multiplied by, above 0 and finite, not {init_scale}")
-        if not 1 < growth_factor < math.inf:
-            raise ValueError(f"growth_factor is above 1, or the scale would not grow, not {growth_factor}")
-        if not 0 < backoff_factor < 1:
-            raise ValueError(f"backoff_factor is between 0 and 1, or the scale would not fall, not {backoff_factor}")
-        if not isinstance(growth_interval, int) or growth_interval < 1:
-            raise ValueError(f"growth_interval is a number of good steps, 1 or more, not {growth_interval!r}")
+    def __init__(
+        self, init_scale=65536.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=2000, *, group=None, agree=True
+    ):
+        _check_scaler(init_scale, growth_factor, backoff_factor, growth_interval)
         if agree:
             rank_and_size(group)
         self._scale, self._good_steps = _float32(init_scale), 0
@@ -174,15 +144,7 @@ class LossScaler:
         held = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in held if p.grad is not None]
         gradients = [g.to_local() if hasattr(g, "to_local") else g for g in gradients]  # FSDP2's: this rank's shards
-        if not self._scale:
-            raise RuntimeError(
-                "the scale has fallen to 0: the gradients were infinite or NaN at any scale, so it is not the precision"
-            )
-        if any(g.dtype == torch.float16 for g in gradients):
-            raise ValueError(
-                "these gradients are float16: unscaled there, the small ones would be lost after all. Keep float32 "
-                "parameters under autocast, or wrap the model in MasterWeights and give the optimizer its parameters()"
-            )
+        _check_unscaling(self._scale, gradients)
         device = held[0].device if held else "cpu"  # a rank may hold no parameters, and has to agree all the same
         overflow = torch.zeros((), device=device)
         for g in gradients:
@@ -220,20 +182,15 @@ class LossScaler:
 
     def state_dict(self):
         """In the form of torch's GradScaler, which can load it."""
-        return {
-            "scale": self._scale,
-            "growth_factor": self.growth_factor,
-            "backoff_factor": self.backoff_factor,
-            "growth_interval": self.growth_interval,
-            "_growth_tracker": self._good_steps,
-        }
+        names = ("growth_factor", "backoff_factor", "growth_interval")
+        return {"scale": self._scale, "_growth_tracker": self._good_steps} | {n: getattr(self, n) for n in names}
 
     def load_state_dict(self, state):
-        """Also takes torch's GradScaler's. The same on all ranks, or they part ways."""
-        new = LossScaler(state["scale"], state["growth_factor"], state["backoff_factor"], state["growth_interval"],
-                         group=self.group, agree=self.agree)  # fmt: skip
-        new._good_steps = state["_growth_tracker"]
-        self.__dict__.update(new.__dict__)
+        """Also takes torch's GradScaler's. Give all ranks the same, or their models will differ."""
+        state = dict(state)
+        good_steps = state.pop("_growth_tracker")
+        new = LossScaler(state.pop("scale"), **state, group=self.group, agree=self.agree)
+        self.__dict__.update(new.__dict__ | {"_good_steps": good_steps})
 
 
 def _float32(number):
@@ -245,10 +202,10 @@ def _float32(number):
 def average_gradients(parameters, dtype=None, group=None):
     """Replace every gradient by its mean over the ranks; `dtype` is the precision in which they travel and add up.
 
-    dtype None sends each gradient as it is. float16 and bfloat16 hand 2 bytes an element to all_reduce, instead of 4;
+    dtype None sends each gradient in its own. With float16 and bfloat16 all-reduces 2 bytes an element instead of 4;
     each gradient is divided by the number of ranks before it is cast, so that the sum cannot overflow where the mean
     does not. With a LossScaler, call this before `unscale_`: scaled gradients are those that float16 can hold.
-    One all_reduce for each dtype and device. Every rank needs gradients for the same parameters.
+    One all-reduce for each dtype and device of the gradients. Every rank needs gradients for the same parameters.
     """
     _, n = rank_and_size(group)
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -268,7 +225,7 @@ class MasterWeights:
         masters.give_back()                        # the model's weights: the masters, rounded
 
     Why: a step of SGD changes a weight by about a thousandth or less, which 16 bits round away: 1 + 0.0004 is 1 in
-    float16. Bytes a parameter with AdamW: 2 + 2 in the model, 4 (and 4 for the gradient) + 8 for the masters.
+    float16. Bytes a parameter with AdamW: weight 2, gradient 2 in the model; 4, 4 and state 8 in the masters.
 
     The module is changed in place; frozen parameters and buffers become `dtype` too, shared parameters stay shared.
     Sends nothing. Raises ValueError as `check_precision`.
@@ -296,3 +253,48 @@ class MasterWeights:
     def give_back(self):
         for p, master in self._pairs:
             p.copy_(master)
+
+
+def check_precision(dtype, device="cpu"):
+    """Raise ValueError where `dtype` is neither float16 nor bfloat16, or where the device cannot train with it."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"{dtype!r} is not a precision for this: torch.float16 or torch.bfloat16")
+    device = torch.device(device)
+    if device.type == "meta":
+        return
+    other = "bfloat16, which needs no loss scale" if dtype == torch.float16 else "float16 with a LossScaler"
+    try:
+        _try(dtype, device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0][:120]
+        raise ValueError(f"{device} cannot compute in {dtype} ({why}): use {other}, or float32") from None
+
+
+def _try(dtype, device):
+    """A layer, forward and backward."""
+    with torch.inference_mode(False), torch.enable_grad():
+        w = torch.ones(8, 8, dtype=dtype, device=device, requires_grad=True)
+        (torch.ones(8, 8, dtype=dtype, device=device) @ w).sum().backward()
+
+
+def _check_scaler(init_scale, growth_factor, backoff_factor, growth_interval):
+    if not (math.isfinite(init_scale) and 0 < _float32(init_scale) < math.inf):
+        raise ValueError(f"init_scale is what the loss is multiplied by, above 0 and finite, not {init_scale}")
+    if not 1 < growth_factor < math.inf:
+        raise ValueError(f"growth_factor is above 1, or the scale would not grow, not {growth_factor}")
+    if not 0 < backoff_factor < 1:
+        raise ValueError(f"backoff_factor is between 0 and 1, or the scale would not fall, not {backoff_factor}")
+    if not isinstance(growth_interval, int) or growth_interval < 1:
+        raise ValueError(f"growth_interval is a number of good steps, 1 or more, not {growth_interval!r}")
+
+
+def _check_unscaling(scale, gradients):
+    if not scale:
+        raise RuntimeError(
+            "the scale has fallen to 0: the gradients were infinite or NaN at any scale, so it is not the precision"
+        )
+    if any(g.dtype == torch.float16 for g in gradients):
+        raise ValueError(
+            "these gradients are float16: unscaled there, the small ones would be lost after all. Keep float32 "
+            "parameters under autocast, or wrap the model in MasterWeights and give the optimizer its parameters()"
+        )
