@@ -8,10 +8,10 @@ sum over ranks in `bucket.flat`, the same on every rank.
     DataParallel(model, comm_hook=TopK(0.01))                what is largest, and the rest later
     DataParallel(model, comm_hook=PowerSGD(rank=2))          each matrix as a product of two thin ones
 
-TopK and PowerSGD remember what they left out, per bucket and rank, and add it to the next gradient (error feedback):
-left out is then only postponed. One object belongs to one DataParallel; to resume a training, torch.save it as well, on
-each rank. What is not finite is sent, for a loss scaler to see, and forgotten. What is remembered has the loss scale of
-its step in it: keep the scale as it is.
+TopK and PowerSGD remember what they left out, per bucket and rank, and add it to the next gradient (error feedback): it
+is only postponed. One object belongs to one DataParallel; to resume a training, torch.save it as well, on each rank.
+What is not finite is sent, for a loss scaler to see, and not remembered. What is remembered was multiplied by the loss
+scale of its step: keep the scale constant.
 """
 
 import math
@@ -25,8 +25,8 @@ __all__ = ["PowerSGD", "TopK", "half_precision"]
 def half_precision(dtype=torch.float16):
     """Gradients travel as `dtype` (float16 or bfloat16) and come back as what they were.
 
-    Hands 2 bytes an element to all_reduce. The sum is made in `dtype`, too: about 3 digits (float16, up to 65,504) or
-    2 (bfloat16, as far as float32) are kept. Raises ValueError for another dtype, TypeError for complex gradients.
+    All-reduces 2 bytes an element. The sum is made in `dtype` too, and keeps about 3 digits (float16, up to 65,504) or
+    2 (bfloat16, with float32's range). Raises ValueError for another dtype, TypeError for complex gradients.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"gradients travel as torch.float16 or torch.bfloat16, not {dtype}")
@@ -50,9 +50,8 @@ class TopK:
     """Each rank sends its `ratio` largest elements of a bucket (at least one), with their places.
 
     Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory" (2018); Lin et al., "Deep Gradient Compression" (2018). An
-    all_reduce cannot add up different places, so the ranks gather what each has chosen: with k elements of e bytes
-    a rank hands k·(e + 4) bytes to all_gather and receives n times as many. (8 bytes a place in buckets of 2^31
-    elements or more.)
+    all-reduce cannot add up different places, so the ranks gather what each has chosen: of k elements of e bytes a rank
+    all-gathers k·(e + 4) bytes and receives n times as many. (8 bytes a place in buckets of 2^31 elements or more.)
 
     error_feedback False forgets what was not sent: for the lesson. Raises ValueError for a ratio outside (0, 1].
     """
@@ -94,7 +93,7 @@ class PowerSGD:
     two dimensions are seen as (first, all others). Those of one, and matrices that would not become smaller, are
     all-reduced as they are, in one piece.
 
-    Hands rank·(rows + columns) elements of each compressed matrix to all_reduce, and all elements of the others.
+    All-reduces rank·(rows + columns) elements of each compressed matrix, and all elements of the others.
     Raises TypeError for gradients that are not float32 or float64.
     """
 
@@ -137,8 +136,8 @@ class PowerSGD:
             for v, total in zip(others, rest.parts, strict=True):
                 v.copy_(total.view_as(v))
             # A Q of zeros (nothing was learnt in this step) or of NaNs is no place to begin the next step.
-            self.right[index] = [q if 0 < q.abs().max() < math.inf else old
-                                 for q, old in zip(new.parts, self.right[index], strict=True)]  # fmt: skip
+            pairs = zip(new.parts, self.right[index], strict=True)
+            self.right[index] = [q if 0 < q.abs().max() < math.inf else old for q, old in pairs]
             if self.error_feedback:  # this rank's n-th of the difference: the ranks' add up to what was left out
                 self.left[index] = own.sub_(flat, alpha=1 / dist.get_world_size(group)).nan_to_num_(0, 0, 0)
                 for v, e in zip(bucket.views, own.split([v.numel() for v in bucket.views]), strict=True):
@@ -154,7 +153,7 @@ class PowerSGD:
 
 
 class _together:
-    """Tensors in one line, `flat`, so that one call sends them all; `parts` are theirs within it."""
+    """Tensors one after the other in `flat`, so that one call sends them all; `parts` are their places in it."""
 
     def __init__(self, tensors, like):
         self.flat = torch.cat([t.flatten() for t in tensors]) if tensors else like.new_empty(0)

@@ -1,8 +1,8 @@
 """Ranks of unequal speed: shares of the batch in proportion to it, gradients that count by rows, backup workers.
 
-Equal shares wait for the slowest: n ranks then do n times its speed. Shares in proportion to the speeds v_r end at the
-same moment, and the ranks do Σ v_r, which nothing can beat. With one of four ranks three times slower: 4/3 against
-10/3, that is 0.4 of what is possible.
+With equal shares all wait for the slowest: n ranks reach n times its speed. Shares in proportion to the speeds v_r end
+at the same moment, and the ranks reach Σ v_r, which nothing can beat. Where one of four ranks is three times slower
+that is 4/3 against 10/3: equal shares reach 0.4 of what is possible.
 
 Unequal shares need weights. With n_r rows on rank r, N together and g_r the gradient of rank r's mean loss, the batch's
 gradient is Σ n_r/N · g_r: whatever the split, that of one process. The mean of the g_r is something else.
@@ -22,25 +22,18 @@ import torch.distributed as dist
 from .collectives.agreement import sum_over_ranks
 from .group import rank_and_size
 
-__all__ = ["Balancer", "Race", "average_by_rows", "shares_of"]
-
 
 def shares_of(rows, speeds, least=0):
     """How many of `rows` rows each rank gets, as a list of whole numbers that sum to `rows`.
 
     speeds: rows per second, or anything in proportion to it, one number a rank; 0 for a rank that is to have none. Of
-    all splits, this is one that ends soonest: max n_r / v_r is as small as whole numbers allow. least: so many rows at
-    least for each rank, so that it stays in the measurement (needs all speeds above 0).
+    all splits, this is one that ends soonest: max n_r / v_r is as small as whole numbers allow. least: rows that each
+    rank gets at least, so that its speed goes on being measured (needs all speeds above 0).
 
     Raises ValueError for speeds that are negative, not finite or all 0, and for fewer than n · least rows.
     """
     speeds = [float(v) for v in speeds]
-    if not speeds or any(not 0 <= v < math.inf for v in speeds) or not any(speeds):
-        raise ValueError(f"speeds are rows per second, 0 or more and not all 0, not {speeds}")
-    if least and 0 in speeds:
-        raise ValueError(f"rank {speeds.index(0)} has the speed 0, and is to have {least} rows at least")
-    if rows < least * len(speeds) or rows != int(rows):
-        raise ValueError(f"{rows} rows are not enough for {len(speeds)} ranks with {least} rows each")
+    _check_shares(rows, speeds, least)
     shares = [max(least, int(rows * v / sum(speeds))) for v in speeds]
     while sum(shares) < rows:  # to whoever would be done first with one more
         r = min((r for r, v in enumerate(speeds) if v), key=lambda r: ((shares[r] + 1) / speeds[r], r))
@@ -58,22 +51,17 @@ def average_by_rows(parameters, rows, group=None, *, summed=False, total=None):
     rows     this rank's, 0 where it has none: its gradients then count as zeros, whatever they are
     summed   False: p.grad is of the *mean* loss over `rows` rows. True: of the *sum* over them, as it is after adding
              up micro-batches of unequal size, each with its summed loss; Σ g_r / N then.
-    total    N, where all ranks know it (from `shares_of`); else it is added up: 8 bytes to all_reduce
+    total    N, where all ranks know it (from `shares_of`); None: all-reduce it, 8 bytes
 
-    Equal to one process with all rows, for any split. A gradient that is None on every rank stays None where all ranks
-    have rows; on others it counts as zeros. Hands S bytes to all_reduce, in one call for each dtype and device, and 1
-    byte a parameter to know who has which.
+    Equal to one process with all rows, for any split. A gradient that only some ranks have counts as zeros on the
+    others; one that no rank with rows has becomes None. All-reduces the bytes of the gradients that are averaged, in
+    one call for each dtype and device, and before them 1 byte a parameter: which gradients there are.
 
-    Raises ValueError for rows < 0, for sparse gradients, and on every rank where none has any.
+    Raises ValueError for rows < 0, for sparse gradients, and on every rank where no rank has any rows.
     """
     rank_and_size(group)
     parameters = [p for p in parameters if p.requires_grad]
-    if rows < 0 or rows != int(rows):
-        raise ValueError(f"rows is how many rows this rank has worked on, 0 or more, not {rows}")
-    if not parameters:
-        raise ValueError("there is no parameter that requires a gradient")
-    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
-        raise ValueError("a gradient is sparse, and has no place beside the others: use sparse=False")
+    _check_gradients(parameters, rows)
     device = parameters[0].device
     used = torch.tensor([p.grad is not None and rows > 0 for p in parameters], dtype=torch.uint8, device=device)
     dist.all_reduce(used, dist.ReduceOp.MAX, group=group)
@@ -87,8 +75,8 @@ def average_by_rows(parameters, rows, group=None, *, summed=False, total=None):
     averaged = [p for p, anyone in zip(parameters, used.tolist(), strict=True) if anyone]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in averaged]
     means = dict(zip(averaged, sum_over_ranks(gradients, group, scale=share), strict=True))
-    for p in parameters:  # in p's order in memory, for fused optimizers
-        p.grad = torch.empty_like(p).copy_(means[p]) if p in means else None
+    for p in parameters:
+        p.grad = torch.empty_like(p).copy_(means[p]) if p in means else None  # strides as p's, for fused optimizers
     return total
 
 
@@ -106,11 +94,11 @@ class Balancer:
     batch     rows of all ranks together, in every step: leave a smaller last batch out (drop_last=True)
     least     rows that each rank keeps at least, so that its speed goes on being measured
     memory    how much of a rank's old seconds per row stays in the new estimate, 0 (none) to below 1. More is calmer,
-              and later to notice a change.
+              and notices a change later.
 
-    `shares` is every rank's number of rows, `mine` this rank's slice of the batch; both change in `finish`. Where a
-    step costs a rank something whatever its rows, the shares still end where all ranks take as long.
-    Gives 8 bytes to all_gather a step, besides those of `average_by_rows`.
+    `shares` is every rank's number of rows, `mine` this rank's slice of the batch; both change in `finish`. A rank may
+    also lose time that does not depend on its rows: the shares still settle where all ranks take equally long.
+    Sends in a step what `average_by_rows` sends, and all-gathers 8 bytes.
     Raises ValueError for memory outside [0, 1), for fewer than n · least rows, and for least < 1.
     """
 
@@ -173,22 +161,24 @@ class Race:
         optimizer.step()
 
     Chen et al. (2016) drop gradients that reach a server late. Here all ranks meet in the all-reduce as ever, so that
-    they stay equal, and a late rank leaves its work unfinished: it looks, between two micro-batches, whether the
-    others are through. So the others wait for one micro-batch of the slowest rank at most. Who finishes takes a number
-    from a store that all ranks share; numbers up to n − drop are in, and the gradients of all others count as zeros,
-    their rows neither: the mean is over the rows of those who are in. Their samples are lost to this step: where the
-    same rank is always late, the model sees less of what lies there. Rebalance, then, instead.
+    they stay equal, but a late rank leaves its work unfinished: between two micro-batches it looks whether enough
+    others have finished. So these wait for one micro-batch of the slowest rank at most.
+
+    A rank that finishes takes the next number from a store that all ranks share. The first n − drop are in; of all
+    others neither gradients nor rows count, so that the mean is over the rows of those who are in. What a late rank
+    has worked on is lost to this step: where it is always the same rank, the model sees less of that rank's data. Then
+    use a `Balancer` instead.
 
     store: a torch.distributed.Store of all ranks in the group, by default the process group's own.
-    Sends a short name at the start, nothing while it runs (a few bytes to the store each micro-batch), then as
-    `average_by_rows`, and 8 bytes to all_gather. Raises ValueError where drop is not from 0 to n − 1.
+    Broadcasts a short name at the start. In a step: a few bytes to the store for each micro-batch, what
+    `average_by_rows` sends, and an all-gather of 8 bytes. Raises ValueError where drop is not from 0 to n − 1.
     """
 
     def __init__(self, drop, group=None, store=None):
         self.rank, self.n = rank_and_size(group)
         if not isinstance(drop, int) or not 0 <= drop < self.n:
             raise ValueError(f"drop is how many of {self.n} ranks may be late, 0 to {self.n - 1}, not {drop!r}")
-        name = [secrets.token_hex(8)]  # the first rank's: no other race in this store has it
+        name = [secrets.token_hex(8)]  # the first rank's counts: no other race in this store has it
         dist.broadcast_object_list(name, group_src=0, group=group)
         store = dist.distributed_c10d._get_default_store() if store is None else store
         self.store = dist.PrefixStore(f"race {name[0]}", store)
@@ -201,7 +191,7 @@ class Race:
             if self.store.add(f"{self.steps}", 0) >= most:
                 return
             yield micro_batch
-        self.place = self.store.add(f"{self.steps}", 1)  # one after the other, on whatever rank
+        self.place = self.store.add(f"{self.steps}", 1)  # the store counts: no two ranks get the same
 
     def finish(self, parameters, rows):
         """(rows that count, ranks that were dropped), the same on every rank; gradients as `average_by_rows` leaves
@@ -217,3 +207,24 @@ class Race:
         total = sum(c for c in counted if c > 0)
         average_by_rows(parameters, max(counted[self.rank], 0), self.group, summed=True, total=total)
         return total, [r for r, c in enumerate(counted) if c < 0]
+
+
+# ---- refused --------------------------------------------------------------------------------------------------
+
+
+def _check_shares(rows, speeds, least):
+    if not speeds or any(not 0 <= v < math.inf for v in speeds) or not any(speeds):
+        raise ValueError(f"speeds are rows per second, 0 or more and not all 0, not {speeds}")
+    if least and 0 in speeds:
+        raise ValueError(f"rank {speeds.index(0)} has the speed 0, and is to have {least} rows at least")
+    if rows < least * len(speeds) or rows != int(rows):
+        raise ValueError(f"{rows} rows are not enough for {len(speeds)} ranks with {least} rows each")
+
+
+def _check_gradients(parameters, rows):
+    if rows < 0 or rows != int(rows):
+        raise ValueError(f"rows is how many rows this rank has worked on, 0 or more, not {rows}")
+    if not parameters:
+        raise ValueError("there is no parameter that requires a gradient")
+    if any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        raise ValueError("a gradient is sparse, and has no place beside the others: use sparse=False")
