@@ -1,4 +1,4 @@
-"""Tensors that travel together: one message instead of many small ones; and equal models to begin with."""
+"""Gradients that travel together: one message instead of many small ones."""
 
 from dataclasses import dataclass, field
 
@@ -9,9 +9,9 @@ __all__ = ["Bucket", "fill_buckets"]
 
 @dataclass(eq=False)
 class Bucket:
-    """Parameters whose gradients travel together. `flat` holds them in one line; `views[i]` is the part of `flat`
-    that belongs to `parameters[i]`, in its shape and its order in memory (channels last, say), as autograd makes
-    gradients: optimizers with fused=True count on it."""
+    """Parameters whose gradients travel together, one after the other in a tensor, `flat`. `views[i]` is the part of it
+    that belongs to `parameters[i]`, with its shape and its order in memory (channels last, say), on which optimizers
+    with fused=True count."""
 
     index: int
     parameters: list
