@@ -28,13 +28,14 @@ def naive_average(module, group=None):
 
 
 class BucketedDataParallel(nn.Module):
-    """`module`, whose backward leaves the mean of all ranks' gradients in every p.grad (Li et al. 2020, section 3).
+    """`module`, whose backward leaves the mean of all ranks' gradients in every p.grad.
 
-    Forward sends nothing. Backward all-reduces S bytes, the trainable parameters', in one call for each bucket of
-    `bucket_mb` MB: 2·(n − 1)/n·S sent by each rank of a ring.
+    Forward sends nothing. Backward all-reduces S bytes, the trainable parameters', in one call for
+    each bucket of `bucket_mb` MB: 2·(n − 1)/n·S sent by each rank of a ring (Li et al. 2020, 3).
 
-    Not in here, but in `DataParallel`: parameters that a backward does not reach, accumulation without sending,
-    batches of unequal length, BatchNorm over all ranks, going on after a backward that failed, and checks of the model.
+    Not in here, but in `DataParallel`: parameters that a backward does not reach, accumulation
+    without sending, batches of unequal length, BatchNorm over all ranks, going on after a backward
+    that failed, and checks of the model.
     """
 
     def __init__(self, module, group=None, bucket_mb=25):
@@ -42,7 +43,7 @@ class BucketedDataParallel(nn.Module):
         self.module, self.group, self.n = module, group, dist.get_world_size(group)
         take_from_first([*module.parameters(), *module.buffers()], group)  # equal starts
         trained = [p for p in module.parameters() if p.requires_grad]
-        self.buckets = fill_buckets(trained[::-1], bucket_mb)  # backward begins with the last layer
+        self.buckets = fill_buckets(trained[::-1], bucket_mb)  # as backward goes: the last layer first
         for bucket in self.buckets:
             for p, view in zip(bucket.parameters, bucket.views, strict=True):
                 p.register_post_accumulate_grad_hook(partial(self._arrived, bucket, view))
@@ -57,17 +58,18 @@ class BucketedDataParallel(nn.Module):
             self._started, self._works = 0, []
             for b in self.buckets:
                 b.missing = set(b.parameters)
-            Variable._execution_engine.queue_callback(self._finish)  # called when this backward is over
+            Variable._execution_engine.queue_callback(self._finish)  # when this backward is over
         torch.mul(p.grad, 1 / self.n, out=view)  # into its place in the bucket
         p.grad = view  # where the mean will be
         bucket.missing.discard(p)
         self._start_full_ones()
 
     def _start_full_ones(self):
-        """Always the next bucket, even where another is full before it: so the order is the same on every rank."""
+        """The next bucket, never one that is full before it: the order is the same on every rank."""
         while self._started < len(self.buckets) and not self.buckets[self._started].missing:
             flat = self.buckets[self._started].flat
-            self._works.append(dist.all_reduce(flat, group=self.group, async_op=True))  # backward goes on meanwhile
+            work = dist.all_reduce(flat, group=self.group, async_op=True)  # backward goes on meanwhile
+            self._works.append(work)
             self._started += 1
 
     def _finish(self):
@@ -76,4 +78,4 @@ class BucketedDataParallel(nn.Module):
             work.wait()
         not_sent, self._started = len(self.buckets) - self._started, None
         if not_sent:
-            raise RuntimeError(f"{not_sent} buckets lack a gradient that this backward did not reach: see DataParallel")
+            raise RuntimeError(f"{not_sent} buckets lack a gradient in this backward: see DataParallel")

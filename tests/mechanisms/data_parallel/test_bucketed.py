@@ -141,5 +141,5 @@ def unreached():
 
 
 def test_parameters_that_a_backward_does_not_reach(ranks_of):
-    with refused("buckets lack a gradient that this backward did not reach: see DataParallel"):
+    with refused("buckets lack a gradient in this backward: see DataParallel"):
         ranks_of(4).run(unreached, quiet=True)
