@@ -19,8 +19,8 @@ from torch.autograd import Variable
 
 from ..collectives.agreement import take_from_first
 from ..group import rank_and_size
-from .courier import Courier
-from .flat_shards import (
+from .async_collectives import AsyncCollectives
+from .flat_parameter import (
     UsedParameters,
     call_when_accumulated,
     check_parameters,
@@ -29,7 +29,7 @@ from .flat_shards import (
 )
 from .optimizer import ShardedOptimizer
 from .state import check_origin, copied, cut_state, full_optimizer_state, load_full_optimizer_state
-from .units import AWAY, PIECE, WHOLE, in_backward, make_units, next_unit, tensors_in
+from .units import RESHARDED, SHARDED, UNSHARDED, in_backward, make_units, next_unit, returned_tensors
 
 __all__ = ["ShardedDataParallel", "ShardedOptimizer"]
 
@@ -38,7 +38,7 @@ class ShardedDataParallel(nn.Module):
     """`module` with its gradients (stage 2), or its gradients and parameters (stage 3), sharded over `group`.
 
         model = ShardedDataParallel(model, stage=3)
-        optimizer = torch.optim.AdamW(model.parameters())    # after wrapping: it sees this rank's pieces only
+        optimizer = torch.optim.AdamW(model.parameters())    # after wrapping: it sees this rank's local_shards only
 
     units                   what is gathered, and freed, as one: a list of submodules, or a class or tuple of classes;
                             by default each child that has parameters and a forward, and each entry of Sequential,
@@ -48,7 +48,7 @@ class ShardedDataParallel(nn.Module):
                             it until then: 2·(n − 1)/n·S a step, and the memory of all parameters. The whole
                             module's own unit is always kept.
     prefetch                stage 3: gather the next unit while this one computes
-    overlap                 True: compute on while a line is on its way; False: wait for each
+    overlap                 True: compute on while a flat is on its way; False: wait for each
     find_unused_parameters  True where ranks may have gradients for different parameters (see `UsedParameters`); they
                             are then reduced at the end of backward. At stage 3 all ranks run the same units anyhow.
 
@@ -58,10 +58,10 @@ class ShardedDataParallel(nn.Module):
     where they have equally many samples (else weight each rank's loss by n·its samples / all samples); a backward adds
     to what is there, so gradients accumulate as ever.
 
-    Outside of forward and backward the module's attributes are the pieces, flat ones: sort them into groups by name or
+    Outside of forward and backward the module's attributes are the local_shards, flat ones: sort them into groups by name or
     by len(p.full_shape), not by p.dim(). Clip gradients with `clip_grad_norm_` below and scale losses with
-    mixed_precision.LossScaler: torch's own see this rank's pieces only. Code that uses a unit's parameters without
-    calling the unit has to name a larger unit. Change pieces by hand at stage 2: call `refresh` afterwards. Stage 3 has
+    mixed_precision.LossScaler: torch's own see this rank's local_shards only. Code that uses a unit's parameters without
+    calling the unit has to name a larger unit. Change local_shards by hand at stage 2: call `refresh` afterwards. Stage 3 has
     no backward with create_graph.
 
     Sends in a step, where n divides: stage 2 (n − 1)/n·S in backward and as much at the beginning of the forward that
@@ -86,10 +86,10 @@ class ShardedDataParallel(nn.Module):
         self.reshard, self.prefetch = stage == 3 and reshard_after_forward, stage == 3 and prefetch
         self._units = make_units(module, units, group, keep_whole=stage == 2)
         take_from_first(list(module.buffers()), group)
-        self._lines = [line for unit in self._units for line in unit.lines]
-        self._trained = [line for line in self._lines if line.trainable]
-        self._used = UsedParameters([n for line in self._trained for n in line.names], find_unused_parameters, group)
-        self._courier, self._overlap = Courier(group, apart=overlap), overlap
+        self._flat_parameters = [flat for unit in self._units for flat in unit.flat_parameters]
+        self._trained = [flat for flat in self._flat_parameters if flat.trainable]
+        self._used = UsedParameters([n for flat in self._trained for n in flat.names], find_unused_parameters, group)
+        self._collectives, self._overlap = AsyncCollectives(group, apart=overlap), overlap
         self._order, self._running, self._inside = list(self._units), [], []
         self._stale, self._backward, self._sent, self._done = False, False, [], []
         module.register_load_state_dict_post_hook(lambda *_: self.refresh())
@@ -98,12 +98,12 @@ class ShardedDataParallel(nn.Module):
             unit.module.register_forward_hook(
                 lambda _, __, output, unit=unit: self._after_forward(unit, output), always_call=True
             )  # also where it fails, or where checkpointing stops it early
-            for line in unit.lines if unit.trains else ():
-                for i, p in enumerate(line.whole if line.trainable else ()):
-                    call_when_accumulated(p, self._has_gradient, unit, line, i)
+            for flat in unit.flat_parameters if unit.trains else ():
+                for i, p in enumerate(flat.parameters if flat.trainable else ()):
+                    call_when_accumulated(p, self._has_gradient, unit, flat, i)
             if stage == 3:
                 unit.free()
-            unit.show(PIECE)
+            unit.show(SHARDED)
 
     # ---- forward ----------------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class ShardedDataParallel(nn.Module):
             self._begin()
         self._inside.append(unit)
         self._ready(unit)
-        unit.show(WHOLE)
+        unit.show(UNSHARDED)
         if not in_backward():
             if self.prefetch and (after := next_unit(self._order, unit)):
                 self._gather(after)
@@ -132,19 +132,19 @@ class ShardedDataParallel(nn.Module):
         self._inside.pop()
         if in_backward():  # checkpointing runs it once more: its backward is still to come
             return
-        found = list(tensors_in(output))
+        found = list(returned_tensors(output))
         outputs = [t for t in found if t.grad_fn is not None]
         for t in outputs:
             t.register_hook(lambda _: self._before_backward(unit))
         unit.awaited = bool(outputs)
         if unit not in self._inside:
-            unit.show(AWAY)
+            unit.show(RESHARDED)
             if self.stage == 3:
                 self._reshard(unit, found, outputs)
         if not self._inside:
             self._order, self._running = self._running, []
             for other in self._units:
-                other.show(PIECE)
+                other.show(SHARDED)
                 other.wait()
                 if self.stage == 3 and other not in self._order:
                     other.free()  # it was gathered in advance, and then not used
@@ -162,26 +162,26 @@ class ShardedDataParallel(nn.Module):
     def _begin(self):
         """At the beginning of the outermost forward."""
         self._reset()
-        for line in self._lines:
-            line.check_pieces()
+        for flat in self._flat_parameters:
+            flat.check_local_shards()
         for unit in self._units:
-            unit.show(AWAY)
+            unit.show(RESHARDED)
         if self._stale:
             for unit in self._units:
                 self._gather(unit)
-            # as long as pieces have gradients, an optimizer may change them
-            self._stale = any(p.grad is not None for line in self._trained for p in line.pieces)
+            # as long as local_shards have gradients, an optimizer may change them
+            self._stale = any(p.grad is not None for flat in self._trained for p in flat.local_shards)
 
     def _reset(self):
         """Forget a forward or backward that was not finished, and what is left gathered from an earlier forward."""
         for unit in self._units:
             unit.wait()
-            unit.show(PIECE)
+            unit.show(SHARDED)
             if self.stage == 3:
                 unit.free()
         if self._backward:
-            for line in self._trained:
-                line.gradient, line.taken = None, set()
+            for flat in self._trained:
+                flat.gradient, flat.arrived = None, set()
         self._inside, self._running, self._backward, self._sent, self._done = [], [], False, [], []
 
     # ---- backward ---------------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class ShardedDataParallel(nn.Module):
                 done.free()
         self._done = [done for done in self._done if unit.module in done.parts]
         self._ready(unit)
-        unit.show(WHOLE)  # a part of it may be checkpointed, and run once more
+        unit.show(UNSHARDED)  # a part of it may be checkpointed, and run once more
         if self.prefetch and (before := next_unit(self._order[::-1], unit)) and before.awaited:
             self._gather(before)
 
@@ -209,44 +209,46 @@ class ShardedDataParallel(nn.Module):
             Variable._execution_engine.queue_callback(self._after_backward)
 
     @torch.no_grad()
-    def _has_gradient(self, unit, line, i):
+    def _has_gradient(self, unit, flat, i):
         if self.stage == 3 and not unit.kept and (unit.coming or not unit.gathered):
             raise RuntimeError(
-                f"backward used {line.names[i]} before it was gathered: {type(unit.module).__name__} returned a tensor "
+                f"backward used {flat.names[i]} before it was gathered: {type(unit.module).__name__} returned a tensor "
                 "where none is looked for. Return tensors in tuples, lists, dicts, or attributes of an object"
             )
         self._at_the_end()
-        line.take(i)
-        if not self._used.every_step and all(len(n.taken) == len(n.whole) for n in unit.lines if n.trainable):
+        flat.take(i)
+        if not self._used.every_step and all(
+            len(n.arrived) == len(n.parameters) for n in unit.flat_parameters if n.trainable
+        ):
             if self.stage == 3:
                 self._done.append(unit)
-            for n in unit.lines:
+            for n in unit.flat_parameters:
                 if n.trainable:
                     self._reduce(n)
 
-    def _reduce(self, line):
-        self._sent.append((line, self._courier.reduce_scatter(line.gradient_line(), line.sizes)))
+    def _reduce(self, flat):
+        self._sent.append((flat, self._collectives.reduce_scatter(flat.take_gradient(), flat.sizes)))
         if not self._overlap:
             self._sent[-1][1].result()
 
     @torch.no_grad()
     def _after_backward(self):
-        reduced = {line for line, _ in self._sent}
-        used = [line in reduced or i in line.taken for line in self._trained for i in range(len(line.whole))]
+        reduced = {flat for flat, _ in self._sent}
+        used = [flat in reduced or i in flat.arrived for flat in self._trained for i in range(len(flat.parameters))]
         if any(used) or self._used.every_step:  # else it was torch.autograd.grad, for inputs
-            anyone = iter(self._used.agree(used, self._trained[0].line.device))
-            anyone = {line: [next(anyone) for _ in line.whole] for line in self._trained}
-            for line in self._trained:
-                if any(anyone[line]) and (line not in reduced or line.taken):
-                    self._reduce(line)
-            for line, sent in self._sent:
-                line.add_gradient(sent.result(), anyone[line])
+            anyone = iter(self._used.agree(used, self._trained[0].unsharded.device))
+            anyone = {flat: [next(anyone) for _ in flat.parameters] for flat in self._trained}
+            for flat in self._trained:
+                if any(anyone[flat]) and (flat not in reduced or flat.arrived):
+                    self._reduce(flat)
+            for flat, sent in self._sent:
+                flat.add_gradient(sent.result(), anyone[flat])
             self._stale = self.stage == 2
         self._sent, self._done, self._backward = [], [], False
-        self._courier.let_go()  # what it holds would be as much as two layers, all the time
+        self._collectives.let_go()  # what it holds would be as much as two layers, all the time
         for unit in self._units:
             unit.wait()
-            unit.show(PIECE)
+            unit.show(SHARDED)
             unit.kept = False
             if self.stage == 3:
                 unit.free()
@@ -256,10 +258,10 @@ class ShardedDataParallel(nn.Module):
     def _gather(self, unit):
         """Start to gather a unit, unless it is gathered (at stage 2: unless nothing has changed)."""
         if not unit.coming and (self._stale if self.stage == 2 else not unit.gathered):
-            for line in unit.lines:
+            for flat in unit.flat_parameters:
                 if self.stage == 3:
-                    line.allocate()
-                unit.coming.append(self._courier.all_gather(line.line, line.shard, line.sizes))
+                    flat.allocate()
+                unit.coming.append(self._collectives.all_gather(flat.unsharded, flat.shard, flat.sizes))
             unit.gathered = True
             if not self._overlap:
                 unit.wait()
@@ -276,7 +278,7 @@ class ShardedDataParallel(nn.Module):
         raise TypeError("a wrapped model cannot be copied or pickled: copy the model before, or save full_state_dict()")
 
     def refresh(self):
-        """Stage 2: the next forward gathers the parameters, whose pieces were changed by hand. On every rank."""
+        """Stage 2: the next forward gathers the parameters, whose local_shards were changed by hand. On every rank."""
         self._stale = self.stage == 2
 
     # ---- clipping, state dicts --------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ class ShardedDataParallel(nn.Module):
         return clip_sharded_grad_norm_(list(self.parameters()), max_norm, self.group, norm_type)
 
     def sharded_state_dict(self):
-        """This rank's pieces, and the buffers, by the module's own names. Sends nothing."""
+        """This rank's local_shards, and the buffers, by the module's own names. Sends nothing."""
         rank, n = rank_and_size(self.group)
         return {"rank": rank, "world_size": n, "state": {k: copied(v) for k, v in self.module.state_dict().items()}}
 
@@ -304,8 +306,11 @@ class ShardedDataParallel(nn.Module):
         for unit in self._units:
             self._gather(unit)
             unit.wait()
-            for line in unit.lines:
-                whole |= {id(piece): p.detach().clone() for piece, p in zip(line.pieces, line.whole, strict=True)}
+            for flat in unit.flat_parameters:
+                whole |= {
+                    id(local_shard): p.detach().clone()
+                    for local_shard, p in zip(flat.local_shards, flat.parameters, strict=True)
+                }
             if self.stage == 3:
                 unit.free()
         state = self.module.state_dict(keep_vars=True)
@@ -313,11 +318,11 @@ class ShardedDataParallel(nn.Module):
 
     @torch.no_grad()
     def load_full_state_dict(self, state_dict):
-        """A plain module's state dict, each rank taking its pieces. Sends nothing. ValueError where it does not fit."""
+        """A plain module's state dict, each rank taking its local_shards. Sends nothing. ValueError where it does not fit."""
         self.module.load_state_dict(cut_state(state_dict, self.module.state_dict(keep_vars=True)))
 
     def full_optimizer_state_dict(self, optimizer):
-        """The state of an optimizer of these pieces, whole, as one process would save it. On every rank.
+        """The state of an optimizer of these local_shards, whole, as one process would save it. On every rank.
         `optimizer.state_dict` is this rank's only, and fits no other rank."""
         return full_optimizer_state(optimizer, self.group)
 

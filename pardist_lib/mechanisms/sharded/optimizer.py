@@ -10,16 +10,16 @@ from torch.optim import Optimizer
 
 from ..collectives.agreement import take_from_first
 from ..group import rank_and_size
-from .courier import Courier, prepared_gather
-from .flat_shards import (
-    FlatShards,
+from .async_collectives import AsyncCollectives, prepared_gather
+from .flat_parameter import (
+    FlatParameter,
     UsedParameters,
     call_when_accumulated,
     check_parameters,
     check_trainable,
     clip_sharded_grad_norm_,
 )
-from .state import check_origin, cut_piece, full_optimizer_state, load_full_optimizer_state
+from .state import check_origin, cut_local_shard, full_optimizer_state, load_full_optimizer_state
 
 # What these do to one element depends on others: on a line search, on rows and columns, on a matrix's singular
 # vectors, on a layer's norm, on which rows a gradient has.
@@ -43,10 +43,10 @@ class ShardedOptimizer(Optimizer):
                             between backward and step, or another backward, makes it leave once more (a change
                             through `.grad.data` is not seen). Worth it where ranks have cores or links to spare:
                             measured with two and four ranks on two cores, it costs time.
-    bucket_mb               length of the lines that are moved, in MB of 2^20 bytes
+    bucket_mb               length of the flats that are moved, in MB of 2^20 bytes
 
     Gradients in `.grad` stay each rank's own, as views of a few flat tensors, too. Besides, a rank keeps the memory of
-    its shard of the mean, an n-th of them, and on gloo room for what arrives, as long as a line (or two).
+    its shard of the mean, an n-th of them, and on gloo room for what arrives, as long as a flat (or two).
 
     Learning-rate schedulers take it as any optimizer; for float16 use mixed_precision.LossScaler, with torch's
     GradScaler one rank alone may skip a step. Raises ValueError for an optimizer that is not elementwise, for
@@ -68,8 +68,8 @@ class ShardedOptimizer(Optimizer):
         self.group, self.reduces, self.inner = group, reduce_gradients, None
         self.find_unused_parameters, self.bucket_bytes = find_unused_parameters, bucket_mb * 2**20
         self.early = overlap and reduce_gradients and not find_unused_parameters  # else all leave in `step`
-        self.courier = Courier(group, apart=overlap)
-        self.lines, self.sharded, self.reduced = [], set(), False
+        self.collectives = AsyncCollectives(group, apart=overlap)
+        self.buckets, self.sharded, self.reduced = [], set(), False
         super().__init__(params, defaults)
         check_trainable([p for g in self.param_groups for p in g["params"]])
         shards = self._shard([p for g in self.param_groups for p in g["params"]])
@@ -79,7 +79,7 @@ class ShardedOptimizer(Optimizer):
         self._take_settings()
 
     def _shard(self, parameters):
-        """{parameter: its piece} of the trainable ones, laid on lines of at most a bucket."""
+        """{parameter: its local_shard} of the trainable ones, laid on flats of at most a bucket."""
         names = [f"parameter {i}" for i in range(len(parameters))]
         if len(set(parameters)) < len(parameters):
             raise ValueError("a parameter is listed twice: give each one once, as model.parameters() does")
@@ -95,17 +95,19 @@ class ShardedOptimizer(Optimizer):
                     buckets.append(bucket := [])
                     kinds[kind] = bucket
                 bucket.append((p, name))
-        lines = [FlatShards(*zip(*bucket, strict=True), self.group) for bucket in buckets]
-        self.lines += lines
-        for line in lines:
-            line.sent, line.version, line.mean = None, None, None
-            for i, p in enumerate(line.whole):
-                call_when_accumulated(p, self._arrived, line, i)
+        flats = [FlatParameter(*zip(*bucket, strict=True), self.group) for bucket in buckets]
+        self.buckets += flats
+        for flat in flats:
+            flat.sent, flat.version, flat.mean = None, None, None
+            for i, p in enumerate(flat.parameters):
+                call_when_accumulated(p, self._arrived, flat, i)
         self.used = UsedParameters(
-            [name for line in self.lines for name in line.names], self.find_unused_parameters, self.group
+            [name for flat in self.buckets for name in flat.names], self.find_unused_parameters, self.group
         )
-        self.sharded |= {p for line in lines for p in line.whole}
-        return {p: piece for line in lines for p, piece in zip(line.whole, line.pieces, strict=True)}
+        self.sharded |= {p for flat in flats for p in flat.parameters}
+        return {
+            p: local_shard for flat in flats for p, local_shard in zip(flat.parameters, flat.local_shards, strict=True)
+        }
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -134,7 +136,7 @@ class ShardedOptimizer(Optimizer):
                 loss = closure()
         self.reduce()
         self._give_settings()  # what a scheduler has changed
-        gather = prepared_gather([(line.line, line.sizes) for line in self.lines], self.group)
+        gather = prepared_gather([(flat.unsharded, flat.sizes) for flat in self.buckets], self.group)
         try:
             self.inner.step()
         except Exception:
@@ -145,40 +147,40 @@ class ShardedOptimizer(Optimizer):
         return loss
 
     @torch.no_grad()
-    def _arrived(self, line, i):
-        """Backward has a gradient: put it on its line, of which `.grad` is a view from now on. A full line leaves."""
+    def _arrived(self, flat, i):
+        """Backward has a gradient: put it on its flat, of which `.grad` is a view from now on. A full flat leaves."""
         if self.reduced:  # for a step that was not taken: it was skipped after clip_grad_norm_, say
             self._forget()
         if self.reduces:
-            self._place(line, i)
-            line.taken.add(i)
-        if self.early and len(line.taken) == len(line.whole):
-            self._start(line)
+            self._place(flat, i)
+            flat.arrived.add(i)
+        if self.early and len(flat.arrived) == len(flat.parameters):
+            self._start(flat)
 
-    def _place(self, line, i):
-        p = line.whole[i]
-        if not self._lies(line, i):
-            line.taken.discard(i)
-            line.put(i)
-            p.grad = line.gradient_of(i)
+    def _place(self, flat, i):
+        p = flat.parameters[i]
+        if not self._lies(flat, i):
+            flat.arrived.discard(i)
+            flat.put(i)
+            p.grad = flat.gradient_of(i)
 
-    def _lies(self, line, i):
-        gradient = line.whole[i].grad
-        return line.gradient is not None and gradient.data_ptr() == line.gradient_of(i).data_ptr()
+    def _lies(self, flat, i):
+        gradient = flat.parameters[i].grad
+        return flat.gradient is not None and gradient.data_ptr() == flat.gradient_of(i).data_ptr()
 
-    def _is_on_its_way(self, line):
-        """Whether the line has left, whole, and nothing on it has changed since."""
-        if line.sent is None or line.version != line.gradient._version:
+    def _is_on_its_way(self, flat):
+        """Whether the flat has left, whole, and nothing on it has changed since."""
+        if flat.sent is None or flat.version != flat.gradient._version:
             return False
-        return all(p.grad is not None and self._lies(line, i) for i, p in enumerate(line.whole))
+        return all(p.grad is not None and self._lies(flat, i) for i, p in enumerate(flat.parameters))
 
-    def _start(self, line):
-        if line.sent is not None:
-            line.sent.result()  # it left before its gradients changed
-        line.version, line.taken = line.gradient._version, set()
-        if line.mean is None:  # then it is kept: filling new memory takes the kernel longer than us
-            line.mean = line.shard.new_empty(len(line.shard))
-        line.sent = self.courier.reduce_scatter(line.gradient, line.sizes, line.mean)
+    def _start(self, flat):
+        if flat.sent is not None:
+            flat.sent.result()  # it left before its gradients changed
+        flat.version, flat.arrived = flat.gradient._version, set()
+        if flat.mean is None:  # then it is kept: filling new memory takes the kernel longer than us
+            flat.mean = flat.shard.new_empty(len(flat.shard))
+        flat.sent = self.collectives.reduce_scatter(flat.gradient, flat.sizes, flat.mean)
 
     @torch.no_grad()
     def reduce(self):
@@ -191,33 +193,33 @@ class ShardedOptimizer(Optimizer):
         if self.reduced:
             return
         self._check()
-        used = [p.grad is not None for line in self.lines for p in line.whole]
-        anyone = iter(self.used.agree(used, self.lines[0].line.device))
-        anyone = {line: [next(anyone) for _ in line.whole] for line in self.lines}
+        used = [p.grad is not None for flat in self.buckets for p in flat.parameters]
+        anyone = iter(self.used.agree(used, self.buckets[0].unsharded.device))
+        anyone = {flat: [next(anyone) for _ in flat.parameters] for flat in self.buckets}
         if not self.reduces:
-            for line in self.lines:
-                for piece, p in zip(line.pieces, line.whole, strict=True):
-                    piece.grad = None if p.grad is None else cut_piece(p.grad, piece)
-        for line in self.lines if self.reduces else ():
-            if any(anyone[line]) and not self._is_on_its_way(line):
-                if line.gradient is None:
-                    line.gradient = line.line.new_empty(len(line.line))
-                for i, p in enumerate(line.whole):
+            for flat in self.buckets:
+                for local_shard, p in zip(flat.local_shards, flat.parameters, strict=True):
+                    local_shard.grad = None if p.grad is None else cut_local_shard(p.grad, local_shard)
+        for flat in self.buckets if self.reduces else ():
+            if any(anyone[flat]) and not self._is_on_its_way(flat):
+                if flat.gradient is None:
+                    flat.gradient = flat.unsharded.new_empty(len(flat.unsharded))
+                for i, p in enumerate(flat.parameters):
                     if p.grad is not None:
-                        self._place(line, i)  # it may have been put there by hand
-                for i, p in enumerate(line.whole):
+                        self._place(flat, i)  # it may have been put there by hand
+                for i, p in enumerate(flat.parameters):
                     if p.grad is None:
-                        line.gradient_of(i).zero_()
-                self._start(line)
-        for line in self.lines if self.reduces else ():
-            if any(anyone[line]):
-                line.add_gradient(line.sent.result(), anyone[line])
+                        flat.gradient_of(i).zero_()
+                self._start(flat)
+        for flat in self.buckets if self.reduces else ():
+            if any(anyone[flat]):
+                flat.add_gradient(flat.sent.result(), anyone[flat])
         self.reduced = True
 
     def _check(self):
-        for line in self.lines:
-            for p, start in zip(line.whole, line.starts, strict=True):
-                if p.data_ptr() != line.line.data_ptr() + start * line.line.element_size() and p.numel():
+        for flat in self.buckets:
+            for p, start in zip(flat.parameters, flat.starts, strict=True):
+                if p.data_ptr() != flat.unsharded.data_ptr() + start * flat.unsharded.element_size() and p.numel():
                     raise RuntimeError(
                         "a parameter's memory has been replaced since ShardedOptimizer was made (by model.to(…), or "
                         "p.data = …): move and change the model first, then make the optimizer"
@@ -231,16 +233,16 @@ class ShardedOptimizer(Optimizer):
         torch.nn.utils.clip_grad_norm_ would see this rank's own gradients only.
         """
         self.reduce()
-        pieces = [piece for line in self.lines for piece in line.pieces]
-        return clip_sharded_grad_norm_(pieces, max_norm, self.group, norm_type)
+        local_shards = [local_shard for flat in self.buckets for local_shard in flat.local_shards]
+        return clip_sharded_grad_norm_(local_shards, max_norm, self.group, norm_type)
 
     def _forget(self):
         self.reduced = False
         self.inner.zero_grad()
-        for line in self.lines:
-            if line.sent is not None:
-                line.sent.result()  # nothing leaves from a line that is being written to again
-            line.sent, line.taken = None, set()
+        for flat in self.buckets:
+            if flat.sent is not None:
+                flat.sent.result()  # nothing leaves from a flat that is being written to again
+            flat.sent, flat.arrived = None, set()
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)

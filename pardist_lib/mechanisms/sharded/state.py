@@ -8,54 +8,54 @@ from ..collectives.direct import direct_all_gather
 from ..group import rank_and_size
 
 
-def gather_piece(tensor, piece, group=None):
-    """The whole of what `tensor` is this rank's piece of: a parameter's values, or a momentum of them."""
-    return direct_all_gather(tensor.detach(), piece.sizes, group=group).view(piece.full_shape)
+def gather_local_shard(tensor, local_shard, group=None):
+    """The whole of what `tensor` is this rank's local_shard of: a parameter's values, or a momentum of them."""
+    return direct_all_gather(tensor.detach(), local_shard.sizes, group=group).view(local_shard.full_shape)
 
 
-def cut_piece(whole, piece):
+def cut_local_shard(whole, local_shard):
     """This rank's part of a whole tensor."""
-    return whole.detach().flatten()[piece.start : piece.start + piece.numel()]
+    return whole.detach().flatten()[local_shard.start : local_shard.start + local_shard.numel()]
 
 
 _SCALARS = {"step", "mu_product", "eta", "mu"}  # state that is one number a parameter, even where that is one number
 
 
-def _of_elements(name, value, piece):
+def _of_elements(name, value, local_shard):
     """Whether this part of an optimizer's state has one number for each element of the parameter."""
-    return name not in _SCALARS and hasattr(piece, "full_shape") and isinstance(value, torch.Tensor)
+    return name not in _SCALARS and hasattr(local_shard, "full_shape") and isinstance(value, torch.Tensor)
 
 
 def full_optimizer_state(optimizer, group=None):
     """What `state_dict` of the same optimizer would give in one process that has all parameters whole. On every rank;
-    sends its piece of each state tensor to every other rank."""
+    sends its local_shard of each state tensor to every other rank."""
     state = optimizer.state_dict()
-    for i, piece in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+    for i, local_shard in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         for name, value in state["state"].get(i, {}).items():
-            if _of_elements(name, value, piece) and value.dim():
-                state["state"][i] = {**state["state"][i], name: gather_piece(value, piece, group)}
+            if _of_elements(name, value, local_shard) and value.dim():
+                state["state"][i] = {**state["state"][i], name: gather_local_shard(value, local_shard, group)}
     return state
 
 
 def load_full_optimizer_state(optimizer, state):
-    """The other way round: a one-process optimizer's `state_dict`, each rank taking its pieces. Sends nothing."""
+    """The other way round: a one-process optimizer's `state_dict`, each rank taking its local_shards. Sends nothing."""
     if "rank" in state:
         raise ValueError(
             "this state dict is one rank's shard: load_state_dict takes it; save full_state_dict() for here"
         )
-    pieces = [p for g in optimizer.param_groups for p in g["params"]]
+    local_shards = [p for g in optimizer.param_groups for p in g["params"]]
     cut = {i: dict(values) for i, values in state["state"].items()}
-    if cut and max(cut) >= len(pieces):
-        raise ValueError(f"this state has parameter {max(cut)}, and the optimizer has {len(pieces)} parameters")
+    if cut and max(cut) >= len(local_shards):
+        raise ValueError(f"this state has parameter {max(cut)}, and the optimizer has {len(local_shards)} parameters")
     for i, values in cut.items():
-        shape = getattr(pieces[i], "full_shape", None)
+        shape = getattr(local_shards[i], "full_shape", None)
         for name, value in values.items():
-            if _of_elements(name, value, pieces[i]) and (value.dim() or not len(shape)):
+            if _of_elements(name, value, local_shards[i]) and (value.dim() or not len(shape)):
                 if value.shape != shape:
                     raise ValueError(
                         f"{name} of parameter {i} has shape {list(value.shape)}, and the parameter {list(shape)}"
                     )
-                values[name] = cut_piece(value, pieces[i]).clone()
+                values[name] = cut_local_shard(value, local_shards[i]).clone()
     optimizer.load_state_dict({**state, "state": cut})
 
 
@@ -72,7 +72,7 @@ def check_origin(state, group=None):
 
 
 def cut_state(state, ours):
-    """A plain module's state dict, of which this rank takes its pieces. ValueError where it does not fit `ours`."""
+    """A plain module's state dict, of which this rank takes its local_shards. ValueError where it does not fit `ours`."""
     if ours.keys() != state.keys():
         raise ValueError(f"these names are in one state dict only: {sorted(ours.keys() ^ state.keys())}")
     for name, value in ours.items():
@@ -80,7 +80,7 @@ def cut_state(state, ours):
             shape = getattr(value, "full_shape", value.shape)
             if state[name].shape != shape:
                 raise ValueError(f"{name} has shape {list(state[name].shape)}, here it is {list(shape)}")
-    return {k: cut_piece(state[k], v) if hasattr(v, "full_shape") else state[k] for k, v in ours.items()}
+    return {k: cut_local_shard(state[k], v) if hasattr(v, "full_shape") else state[k] for k, v in ours.items()}
 
 
 def copied(value):

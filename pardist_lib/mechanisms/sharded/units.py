@@ -7,13 +7,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .flat_shards import FlatShards
+from .flat_parameter import FlatParameter
 
-WHOLE, PIECE, AWAY = range(3)  # what a module's attribute shows of a parameter
+UNSHARDED, SHARDED, RESHARDED = range(3)  # what a module's attribute shows of a parameter
 
 
-class Away(nn.Parameter):
-    """Stands for a parameter during a forward, while its unit is not being called: a piece in its place might fit by
+class Resharded(nn.Parameter):
+    """Stands for a parameter during a forward, while its unit is not being called: a local_shard in its place might fit by
     accident. It tells what it is, and refuses to be computed with."""
 
     ABOUT = {getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_complex")} | {
@@ -32,16 +32,16 @@ class Away(nn.Parameter):
 
 
 class Unit:
-    """A module whose own parameters are gathered and freed as one: a line for each dtype, device, frozen or not."""
+    """A module whose own parameters are gathered and freed as one: a flat for each dtype, device, frozen or not."""
 
-    def __init__(self, module, lines, places):
-        self.module, self.lines, self.places, self.parts = module, lines, places, set(module.modules())
-        self.trains = any(line.trainable for line in lines)
+    def __init__(self, module, flats, places):
+        self.module, self.flat_parameters, self.places, self.parts = module, flats, places, set(module.modules())
+        self.trains = any(flat.trainable for flat in flats)
         self.gathered, self.coming, self.awaited = True, [], False
         self.kept = False  # its memory is used until the end of backward, by whom is not known
 
     def show(self, face):
-        """Let the module's attributes be the whole parameters, this rank's pieces, or what stands for them."""
+        """Let the module's attributes be the whole parameters, this rank's local_shards, or what stands for them."""
         for owner, name, faces in self.places:
             if all(owner._parameters.get(name) is not known for known in faces):
                 raise RuntimeError(
@@ -58,13 +58,15 @@ class Unit:
     def free(self):
         self.wait()
         self.gathered = False
-        for line in self.lines if not self.kept else ():
-            line.free()
+        for flat in self.flat_parameters if not self.kept else ():
+            flat.free()
 
     def lends(self, tensors):
         """Whether one of these is a parameter of the unit, or a view of one."""
-        lines = {line.line.untyped_storage()._cdata for line in self.lines}  # not data_ptr: fake tensors have none
-        return any(t.layout == torch.strided and t.untyped_storage()._cdata in lines for t in tensors)
+        flats = {
+            flat.unsharded.untyped_storage()._cdata for flat in self.flat_parameters
+        }  # not data_ptr: fake tensors have none
+        return any(t.layout == torch.strided and t.untyped_storage()._cdata in flats for t in tensors)
 
 
 def make_units(module, chosen, group, keep_whole):
@@ -85,13 +87,13 @@ def make_units(module, chosen, group, keep_whole):
         for p in names:
             if homes[p] == {part} or part is module and len(homes[p]) > 1:
                 kinds.setdefault((p.dtype, p.device, p.requires_grad), []).append(p)
-        lines = [FlatShards(ps, [names[p] for p in ps], group, keep_whole) for ps in kinds.values()]
-        for line in lines:
-            for p, piece in zip(line.whole, line.pieces, strict=True):
-                away = Away(p.detach(), requires_grad=p.requires_grad)
-                shown += [(m, name, (p, piece, away)) for m, name in places[p]]
-        if part is module or lines:
-            units.append(Unit(part, lines, shown))
+        flats = [FlatParameter(ps, [names[p] for p in ps], group, keep_whole) for ps in kinds.values()]
+        for flat in flats:
+            for p, local_shard in zip(flat.parameters, flat.local_shards, strict=True):
+                away = Resharded(p.detach(), requires_grad=p.requires_grad)
+                shown += [(m, name, (p, local_shard, away)) for m, name in places[p]]
+        if part is module or flats:
+            units.append(Unit(part, flats, shown))
     return units
 
 
@@ -122,17 +124,17 @@ def _is_called(module):
     return type(module).forward is not nn.Module.forward
 
 
-def tensors_in(output, seen=None):
+def returned_tensors(output, seen=None):
     """The tensors that a module has returned: in containers, and in the attributes of what else it returns."""
     seen = set() if seen is None else seen
     for leaf in tree_leaves(output):
         if isinstance(leaf, torch.Tensor):
             yield leaf
         elif isinstance(leaf, (dict, list, tuple, set, frozenset)):  # a subclass, or one that pytrees do not know
-            yield from tensors_in(list(leaf.values() if isinstance(leaf, dict) else leaf), seen)
+            yield from returned_tensors(list(leaf.values() if isinstance(leaf, dict) else leaf), seen)
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
             seen.add(id(leaf))
-            yield from tensors_in(dict(vars(leaf)), seen)
+            yield from returned_tensors(dict(vars(leaf)), seen)
 
 
 def next_unit(order, unit):

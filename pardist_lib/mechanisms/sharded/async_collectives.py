@@ -1,6 +1,6 @@
-"""Gathering shards on a line and reducing lines to shards, beside the computation.
+"""Gathering shards on a flat and reducing flats to shards, beside the computation.
 
-A *line* is a flat tensor that is cut into n shards; n need not divide it. S: its bytes.
+A *flat* is a flat tensor that is cut into n shards; n need not divide it. S: its bytes.
 """
 
 from functools import partial
@@ -18,22 +18,22 @@ from ..group import rank_and_size
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# On gloo a line up to this size moves by one of its own collectives: one call instead of 2·(n − 1), which counts with
-# few ranks (2 on two cores: a step of stage 3 with lines of 256 KB took 0.77 times as long). Longer ones are sent and
+# On gloo a flat up to this size moves by one of its own collectives: one call instead of 2·(n − 1), which counts with
+# few ranks (2 on two cores: a step of stage 3 with flats of 256 KB took 0.77 times as long). Longer ones are sent and
 # received. Its reduce-scatter is not used: it sends 2·(n − 1)/n·S, twice as much. Its all-to-all, and adding up, does.
 ONE_CALL_BYTES = 1 << 20
 
 
-def prepared_gather(lines, group=None):
-    """Gather lines, [(line, sizes)], on which this rank's shard lies already, in two parts: this asks for what the
+def prepared_gather(flats, group=None):
+    """Gather flats, [(flat, sizes)], on which this rank's shard lies already, in two parts: this asks for what the
     other ranks have, and returns a function that does the rest. The shard may change in between.
 
     gloo's sender waits to be told that its receipt has been asked for. What is asked for before the optimizer computes
     is known by the time it is done.
     """
     rank, _ = rank_and_size(group)
-    cut = [(line, line.split(sizes), sizes) for line, sizes in lines]
-    direct = [places for line, places, sizes in cut if not _by_one_call(line, sizes, group)]
+    cut = [(flat, flat.split(sizes), sizes) for flat, sizes in flats]
+    direct = [places for flat, places, sizes in cut if not _by_one_call(flat, sizes, group)]
     asked = [work for places in direct for work in asked_for_shards(places, group)]
 
     def rest():
@@ -44,12 +44,12 @@ def prepared_gather(lines, group=None):
     return rest
 
 
-class Courier:
-    """Starts to move lines; `result()` of what its methods return waits for one.
+class AsyncCollectives:
+    """Starts to move flats; `result()` of what its methods return waits for one.
 
     apart: over a process group of its own, which all couriers of `group` share, so that the caller's own messages
-    may come in between. Every rank has to ask for the same things in the same order. No more than two lines are
-    being reduced at a time: on gloo the room of each, as long as the line, is kept for later ones, until `let_go`.
+    may come in between. Every rank has to ask for the same things in the same order. No more than two flats are
+    being reduced at a time: on gloo the room of each, as long as the flat, is kept for later ones, until `let_go`.
     """
 
     def __init__(self, group=None, apart=True):
@@ -58,33 +58,33 @@ class Courier:
         self.reducing, self.turn = [None, None], 0
         self.let_go()
 
-    def all_gather(self, line, shard, sizes):
-        """The line, on which every rank's shard comes. Sends this rank's n − 1 times, (n − 1)/n·S where n divides."""
-        places = line.split(sizes)
-        if _by_one_call(line, sizes, self.group):
-            works = [_all_gather(line, places, sizes, self.group, shard)]
+    def all_gather(self, flat, shard, sizes):
+        """The flat, on which every rank's shard comes. Sends this rank's n − 1 times, (n − 1)/n·S where n divides."""
+        places = flat.split(sizes)
+        if _by_one_call(flat, sizes, self.group):
+            works = [_all_gather(flat, places, sizes, self.group, shard)]
         else:
             works = started_all_gather(shard, places, self.group)
-        return _UnderWay(lambda: wait(works) or line)
+        return _UnderWay(lambda: wait(works) or flat)
 
-    def reduce_scatter(self, line, sizes, out=None):
-        """This rank's shard of the mean of all ranks' lines. Sends S minus that shard, (n − 1)/n·S where n divides."""
+    def reduce_scatter(self, flat, sizes, out=None):
+        """This rank's shard of the mean of all ranks' flats. Sends S minus that shard, (n − 1)/n·S where n divides."""
         turn = self.reducing.index(None) if None in self.reducing else 1 - self.turn  # a free room, or the older one
         if self.reducing[turn] is not None:
             self.reducing[turn].result()
         self.turn = turn
-        self.reducing[turn] = _UnderWay(self._started(line, sizes, out, turn), partial(self._free, turn))
+        self.reducing[turn] = _UnderWay(self._started(flat, sizes, out, turn), partial(self._free, turn))
         return self.reducing[turn]
 
-    def _started(self, line, sizes, out, turn):
+    def _started(self, flat, sizes, out, turn):
         rank, n = rank_and_size(self.group)
-        chunks, mean = line.split(sizes), dist.ReduceOp.AVG
+        chunks, mean = flat.split(sizes), dist.ReduceOp.AVG
         if dist.get_backend(self.group) == "nccl":
-            return _nccl_reduce_scatter(chunks, line, mean, out, self.group)
+            return _nccl_reduce_scatter(chunks, flat, mean, out, self.group)
         room = self._room(turn, chunks[rank], n)
-        if line.nbytes <= ONE_CALL_BYTES:
+        if flat.nbytes <= ONE_CALL_BYTES:
             own = [sizes[rank]] * n
-            works = [dist.all_to_all_single(room.view(-1), line, own, list(sizes), self.group, async_op=True)]
+            works = [dist.all_to_all_single(room.view(-1), flat, own, list(sizes), self.group, async_op=True)]
         else:
             works = started_exchange(chunks, room, self.group)
         return partial(added_up, works, chunks, room, mean, out, self.group)
@@ -97,7 +97,7 @@ class Courier:
         self.reducing[turn] = None
 
     def _room(self, turn, chunk, n):
-        """New memory for each line would cost more than it takes to fill it. On a GPU torch's allocator keeps it."""
+        """New memory for each flat would cost more than it takes to fill it. On a GPU torch's allocator keeps it."""
         size = n * chunk.nbytes
         if chunk.device.type != "cpu":
             return chunk.new_empty(n, chunk.numel())
@@ -119,24 +119,24 @@ class _UnderWay:
         return self.value
 
 
-def _by_one_call(line, sizes, group):
+def _by_one_call(flat, sizes, group):
     if dist.get_backend(group) == "nccl":
         return True
-    return line.nbytes <= ONE_CALL_BYTES and len(set(sizes)) == 1
+    return flat.nbytes <= ONE_CALL_BYTES and len(set(sizes)) == 1
 
 
-def _all_gather(line, places, sizes, group, shard=None):
+def _all_gather(flat, places, sizes, group, shard=None):
     shard = places[dist.get_rank(group)] if shard is None else shard
     if len(set(sizes)) == 1:
-        return all_gather_single(line, shard, group, True)
+        return all_gather_single(flat, shard, group, True)
     return dist.all_gather(list(places), shard, group, True)
 
 
-def _nccl_reduce_scatter(chunks, line, op, out, group):
+def _nccl_reduce_scatter(chunks, flat, op, out, group):
     """Started; a function that waits."""
     out = torch.empty_like(chunks[dist.get_rank(group)]) if out is None else out
     if len({len(chunk) for chunk in chunks}) == 1:
-        work = reduce_scatter_single(out, line, op, group, True)
+        work = reduce_scatter_single(out, flat, op, group, True)
     else:
         work = dist.reduce_scatter(out, list(chunks), op, group, True)
     return lambda: wait([work]) or out

@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from pardist_lib import RankError
 from pardist_lib.lessons.worlds import in_world
-from pardist_lib.mechanisms.sharded import ShardedOptimizer, courier
+from pardist_lib.mechanisms.sharded import ShardedOptimizer, async_collectives
 from tests.mechanisms.refusals import refused
-from tests.mechanisms.sharded_cases import BATCH, OPTIMIZERS, Model, close, loss_of, rows_of, storages
+from tests.mechanisms.sharded.cases import BATCH, OPTIMIZERS, Model, close, loss_of, rows_of, storages
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def test_a_step_sends_what_an_all_reduce_sends(ranks, sizes, reduces):
         arrived = 4 * (elements - shards[r] + 3 * shards[r] * (reduces and not chunks))
         assert everything == direct + chunks + arrived, "a step makes other calls"
         if chunks:  # the short line is reduced in one call, which is given this rank's own chunk, too
-            assert chunks == 4 * elements <= courier.ONE_CALL_BYTES
+            assert chunks == 4 * elements <= async_collectives.ONE_CALL_BYTES
             direct += chunks - 4 * shards[r]
         assert direct == 4 * (reduces * (elements - shards[r]) + 3 * shards[r])
         if elements % 4 == 0 and reduces:
@@ -302,7 +302,7 @@ def added_frozen():
     optimizer = ShardedOptimizer(model.parameters(), torch.optim.SGD, lr=1.0)
     optimizer.add_param_group({"params": frozen.parameters()})
     with pytest.raises(ValueError, match="a shard already"):
-        optimizer.add_param_group({"params": [p for line in optimizer.lines for p in line.pieces]})
+        optimizer.add_param_group({"params": [p for flat in optimizer.buckets for p in flat.local_shards]})
     before = model.bias.detach().clone()
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
@@ -396,7 +396,7 @@ def wrong(how):
         linear.bias.requires_grad_(False)
     if how == "twice":
         sgd_of = ShardedOptimizer(linear.parameters(), sgd)
-        return ShardedOptimizer([p for line in sgd_of.lines for p in line.pieces], sgd)
+        return ShardedOptimizer([p for flat in sgd_of.buckets for p in flat.local_shards], sgd)
     optimizers = {name: getattr(torch.optim, name) for name in ("LBFGS", "Adafactor", "SparseAdam")}
     if how == "half made":
         optimizers[how] = functools.partial(sgd, lr=0.1)

@@ -1,14 +1,14 @@
-"""Parameters laid end to end on one line that is cut in n: what ZeRO's stages share.
+"""Parameters laid end to end on one flat that is cut in n: what ZeRO's stages share.
 
-A rank's *shard* is its cut of the line; n need not divide it, the first shards may have one element more. A *piece*
+A rank's *shard* is its cut of the flat; n need not divide it, the first shards may have one element more. A *local_shard*
 is the part of one parameter that lies in a shard: a flat Parameter, often empty, of which every rank has one for
-each parameter. So an ordinary elementwise optimizer works on pieces as it does on whole parameters, with the same
+each parameter. So an ordinary elementwise optimizer works on local_shards as it does on whole parameters, with the same
 names, groups and state, and a parameter without a gradient is skipped on every rank alike.
 
-    line     w w w w w w w w b b b          rank 0 of 2: pieces w[0:6], b[0:0]
-    shards   ────────── │ ────────          rank 1 of 2: pieces w[6:8], b[0:3]
+    flat     w w w w w w w w b b b          rank 0 of 2: local_shards w[0:6], b[0:0]
+    shards   ────────── │ ────────          rank 1 of 2: local_shards w[6:8], b[0:3]
 
-S: bytes of the line. Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+S: bytes of the flat. Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
 Models" (2020), section 5; flat parameters: Zhao et al., "PyTorch FSDP" (2023), section 3.2.
 """
 
@@ -21,113 +21,113 @@ from ..collectives.agreement import check_same_model, take_from_first
 from ..group import rank_and_size, split_sizes
 
 
-class FlatShards:
-    """Parameters of one dtype, device and requires_grad on a line; they start as the group's first rank has them.
+class FlatParameter:
+    """Parameters of one dtype, device and requires_grad on a flat; they start as the group's first rank has them.
 
-    The given Parameter objects stay what the module computes with: from now on they are views of `line`. keep_whole:
-    the shard is a view of the line too; else it has its own memory, and `free` can give the line's back.
+    The given Parameter objects stay what the module computes with: from now on they are views of `flat`. keep_whole:
+    the shard is a view of the flat too; else it has its own memory, and `free` can give the flat's back.
     """
 
     def __init__(self, parameters, names, group=None, keep_whole=True):
         rank, n = rank_and_size(group)
-        self.whole, self.names = list(parameters), list(names)
-        self.trainable = self.whole[0].requires_grad
-        self.line = torch.cat([p.detach().flatten() for p in self.whole])
+        self.parameters, self.names = list(parameters), list(names)
+        self.trainable = self.parameters[0].requires_grad
+        self.unsharded = torch.cat([p.detach().flatten() for p in self.parameters])
         if n > 1:
-            take_from_first([self.line], group)
-        self.lengths = [p.numel() for p in self.whole]
-        for p, part in zip(self.whole, self.line.split(self.lengths), strict=True):
+            take_from_first([self.unsharded], group)
+        self.lengths = [p.numel() for p in self.parameters]
+        for p, part in zip(self.parameters, self.unsharded.split(self.lengths), strict=True):
             p.data = part.view(p.shape)
-        self.nbytes, self.sizes = self.line.nbytes, split_sizes(len(self.line), n)
+        self.nbytes, self.sizes = self.unsharded.nbytes, split_sizes(len(self.unsharded), n)
         first = [sum(self.sizes[:r]) for r in range(n + 1)]
-        mine = self.line[first[rank] : first[rank + 1]]
-        self.shard, self.pieces, self.spans = mine if keep_whole else mine.clone(), [], []
+        mine = self.unsharded[first[rank] : first[rank + 1]]
+        self.shard, self.local_shards, self.spans = mine if keep_whole else mine.clone(), [], []
         self.starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
-        for p, start, length in zip(self.whole, self.starts, self.lengths, strict=True):
+        for p, start, length in zip(self.parameters, self.starts, self.lengths, strict=True):
             cuts = [min(max(f, start), start + length) for f in first]  # where shards begin and end within p
             begin, end = cuts[rank] - first[rank], cuts[rank + 1] - first[rank]
             span = slice(begin, end) if begin < end else slice(0)
-            piece = torch.nn.Parameter(self.shard[span], requires_grad=self.trainable)
-            piece.__dict__.update(p.__dict__)  # what the caller has noted on it
-            piece.full_shape, piece.start = p.shape, cuts[rank] - start
-            piece.sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]  # every rank's part of p
+            local_shard = torch.nn.Parameter(self.shard[span], requires_grad=self.trainable)
+            local_shard.__dict__.update(p.__dict__)  # what the caller has noted on it
+            local_shard.full_shape, local_shard.start = p.shape, cuts[rank] - start
+            local_shard.sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]  # every rank's part of p
             self.spans.append(span)
-            self.pieces.append(piece)
-        self.gradient, self.taken = None, set()
+            self.local_shards.append(local_shard)
+        self.gradient, self.arrived = None, set()
 
-    def check_pieces(self):
-        """Raise where something was done to a piece that would be lost without a word."""
+    def check_local_shards(self):
+        """Raise where something was done to a local_shard that would be lost without a word."""
         begin, size = self.shard.data_ptr(), self.shard.element_size()
-        for name, piece, span in zip(self.names, self.pieces, self.spans, strict=True):
-            if piece.requires_grad != self.trainable:
+        for name, local_shard, span in zip(self.names, self.local_shards, self.spans, strict=True):
+            if local_shard.requires_grad != self.trainable:
                 raise ValueError(f"{name} was frozen or unfrozen after wrapping: set requires_grad before")
-            if piece._backward_hooks:
+            if local_shard._backward_hooks:
                 raise ValueError(
                     f"{name} has a hook of register_hook, which a shard never calls: register it before wrapping (it "
                     "sees this rank's own gradient then), or use register_post_accumulate_grad_hook"
                 )
-            if piece.numel() and piece.data_ptr() != begin + (span.start or 0) * size:
+            if local_shard.numel() and local_shard.data_ptr() != begin + (span.start or 0) * size:
                 raise RuntimeError(
                     f"the memory of {name} was replaced after wrapping (by p.data = …, or module.to(…)): change it in "
                     "place, with p.copy_(…), or change the model first and then wrap it"
                 )
 
-    # ---- the line's memory ------------------------------------------------------------------------------------
+    # ---- the flat's memory ------------------------------------------------------------------------------------
 
     def allocate(self):
-        self.line.untyped_storage().resize_(self.nbytes)
+        self.unsharded.untyped_storage().resize_(self.nbytes)
 
     def free(self):
-        """Give the line's memory back. The parameters, and what autograd has saved of them, stay views of it: they
+        """Give the flat's memory back. The parameters, and what autograd has saved of them, stay views of it: they
         are whole again once it is gathered, and must not be read before."""
-        self.line.untyped_storage().resize_(0)
+        self.unsharded.untyped_storage().resize_(0)
 
     # ---- gradients --------------------------------------------------------------------------------------------
 
     def take(self, i):
-        """Copy the gradient of parameter i to its place on the gradient's line; the parameter's own is let go. One
-        that is the whole line becomes the line, uncopied."""
-        gradient = self.whole[i].grad
-        if len(self.whole) == 1 and self.gradient is None and gradient.layout == torch.strided:
+        """Copy the gradient of parameter i to its place on the gradient's flat; the parameter's own is let go. One
+        that is the whole flat becomes the flat, uncopied."""
+        gradient = self.parameters[i].grad
+        if len(self.parameters) == 1 and self.gradient is None and gradient.layout == torch.strided:
             self.gradient = gradient.detach().flatten()
-            self.taken.add(i)
+            self.arrived.add(i)
         else:
             self.put(i)
-        self.whole[i].grad = None
+        self.parameters[i].grad = None
 
     def put(self, i):
-        gradient = self.whole[i].grad
+        gradient = self.parameters[i].grad
         if gradient.layout != torch.strided:
             raise ValueError(f"the gradient of {self.names[i]} is sparse, and shards are dense: use sparse=False")
         if self.gradient is None:
-            self.gradient = self.line.new_empty(len(self.line))
+            self.gradient = self.unsharded.new_empty(len(self.unsharded))
         place_of_it = self.gradient_of(i)
-        place_of_it.add_(gradient) if i in self.taken else place_of_it.copy_(gradient)
-        self.taken.add(i)
+        place_of_it.add_(gradient) if i in self.arrived else place_of_it.copy_(gradient)
+        self.arrived.add(i)
 
     def gradient_of(self, i):
-        """The place of parameter i on the gradient's line, in its shape."""
-        return self.gradient[self.starts[i] : self.starts[i] + self.lengths[i]].view(self.whole[i].shape)
+        """The place of parameter i on the gradient's flat, in its shape."""
+        return self.gradient[self.starts[i] : self.starts[i] + self.lengths[i]].view(self.parameters[i].shape)
 
-    def gradient_line(self):
-        """The gradient's line, zero where no gradient was taken; the next backward pass begins another one."""
-        line = self.line.new_zeros(len(self.line)) if self.gradient is None else self.gradient
-        for i, part in enumerate(line.split(self.lengths)):
-            if i not in self.taken:
+    def take_gradient(self):
+        """The gradient's flat, zero where no gradient was taken; the next backward pass begins another one."""
+        flat = self.unsharded.new_zeros(len(self.unsharded)) if self.gradient is None else self.gradient
+        for i, part in enumerate(flat.split(self.lengths)):
+            if i not in self.arrived:
                 part.zero_()
-        self.gradient, self.taken = None, set()
-        return line
+        self.gradient, self.arrived = None, set()
+        return flat
 
     def add_gradient(self, shard, used):
-        """Give the pieces their gradients, those only whose parameter was used; added to what they have already. Then
+        """Give the local_shards their gradients, those only whose parameter was used; added to what they have already. Then
         the hooks of `register_post_accumulate_grad_hook` are called, as autograd would."""
-        for piece, span, anyone in zip(self.pieces, self.spans, used, strict=True):
-            if anyone and piece.grad is None:
-                piece.grad = shard[span]
+        for local_shard, span, anyone in zip(self.local_shards, self.spans, used, strict=True):
+            if anyone and local_shard.grad is None:
+                local_shard.grad = shard[span]
             elif anyone:
-                piece.grad += shard[span]
-            for hook in list((piece._post_accumulate_grad_hooks or {}).values()) if anyone else ():
-                hook(piece)
+                local_shard.grad += shard[span]
+            for hook in list((local_shard._post_accumulate_grad_hooks or {}).values()) if anyone else ():
+                hook(local_shard)
 
 
 # ---- what all ranks must agree on -----------------------------------------------------------------------------
@@ -200,16 +200,16 @@ def call_when_accumulated(parameter, method, *args):
 
 
 @torch.no_grad()
-def clip_sharded_grad_norm_(pieces, max_norm, group=None, norm_type=2.0):
+def clip_sharded_grad_norm_(local_shards, max_norm, group=None, norm_type=2.0):
     """As torch.nn.utils.clip_grad_norm_, where the gradients are spread over the ranks; returns the global norm.
 
-    pieces: this rank's parameters, whose gradients are cuts of the whole ones. Sends one number (an all-reduce).
+    local_shards: this rank's parameters, whose gradients are cuts of the whole ones. Sends one number (an all-reduce).
     """
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"norm_type is a number above 0, or inf, not {norm_type}")
-    gradients = [p.grad for p in pieces if p.grad is not None]
-    device = next(iter(pieces)).device
+    gradients = [p.grad for p in local_shards if p.grad is not None]
+    device = next(iter(local_shards)).device
     parts = [torch.linalg.vector_norm(g, norm_type).to(device) for g in gradients if g.numel()]
     norm = torch.linalg.vector_norm(torch.stack(parts), norm_type) if parts else torch.zeros((), device=device)
     total = norm.double() if norm_type == float("inf") else norm.double() ** norm_type

@@ -5,29 +5,29 @@ import torch
 import torch.distributed as dist
 
 from pardist_lib.mechanisms.group import split_sizes
-from pardist_lib.mechanisms.sharded.courier import ONE_CALL_BYTES, Courier
+from pardist_lib.mechanisms.sharded.async_collectives import ONE_CALL_BYTES, AsyncCollectives
 
 
 def moved(length, apart, in_order):
-    """Four lines reduced and gathered; what is wrong, and the bytes of the rooms."""
+    """Four flats reduced and gathered; what is wrong, and the bytes of the rooms."""
     rank, n = dist.get_rank(), dist.get_world_size()
-    sizes, wrong, courier = split_sizes(length, n), [], Courier(apart=apart)
-    lines = [torch.arange(length, dtype=torch.float64) + 10 * rank + k for k in range(4)]
+    sizes, wrong, collectives = split_sizes(length, n), [], AsyncCollectives(apart=apart)
+    flats = [torch.arange(length, dtype=torch.float64) + 10 * rank + k for k in range(4)]
     means = [(torch.arange(length, dtype=torch.float64) + 5 * (n - 1) + k).split(sizes)[rank] for k in range(4)]
-    started = [courier.reduce_scatter(line, sizes) for line in lines]
+    started = [collectives.reduce_scatter(flat, sizes) for flat in flats]
     for k in range(4) if in_order else reversed(range(4)):
         if not torch.equal(started[k].result(), means[k]):
             wrong.append(f"mean {k}")
-    rooms = [room.numel() for room in courier.rooms]
-    started = [courier.all_gather(torch.empty_like(line), line.split(sizes)[rank].clone(), sizes) for line in lines]
+    rooms = [room.numel() for room in collectives.rooms]
+    started = [collectives.all_gather(torch.empty_like(flat), flat.split(sizes)[rank].clone(), sizes) for flat in flats]
     for k in range(4) if in_order else reversed(range(4)):
         whole = torch.cat([(torch.arange(length) + 10 * r + k).split(sizes)[r] for r in range(n)]).double()
         if not torch.equal(started[k].result(), whole):
-            wrong.append(f"line {k}")
-    courier.reduce_scatter(lines[0], sizes).result()
-    one_after_the_other = [room.numel() for room in courier.rooms]
-    courier.let_go()
-    return wrong, rooms, one_after_the_other, [room.numel() for room in courier.rooms]
+            wrong.append(f"flat {k}")
+    collectives.reduce_scatter(flats[0], sizes).result()
+    one_after_the_other = [room.numel() for room in collectives.rooms]
+    collectives.let_go()
+    return wrong, rooms, one_after_the_other, [room.numel() for room in collectives.rooms]
 
 
 @pytest.mark.parametrize("length", [ONE_CALL_BYTES // 8, ONE_CALL_BYTES // 8 + 5, 7, 1])
@@ -39,10 +39,10 @@ def test_lines_may_be_under_way_together_and_end_in_any_order(ranks_of, n, lengt
 
 
 def one_at_a_time(length):
-    courier, sizes = Courier(), split_sizes(length, dist.get_world_size())
+    collectives, sizes = AsyncCollectives(), split_sizes(length, dist.get_world_size())
     for _ in range(3):
-        courier.reduce_scatter(torch.ones(length), sizes).result()
-    return [room.numel() for room in courier.rooms]
+        collectives.reduce_scatter(torch.ones(length), sizes).result()
+    return [room.numel() for room in collectives.rooms]
 
 
 def test_one_line_at_a_time_keeps_one_room(ranks_of):
