@@ -197,7 +197,7 @@ def our_sharded_step():
 
 
 def test_our_sharded_on_fake_ranks():
-    """Each unit's line is gathered twice and its gradient reduced once; what n does not divide in uneven parts."""
+    """Each unit is gathered twice and its gradient reduced once; what n does not divide in uneven parts."""
     fake = fake_trace(our_sharded_step, world_size=4, ranks=range(4))
     lines = [50 * 30 + 50, 30 * 50 + 30]  # elements; 4 does not divide the second
     for rank in range(4):

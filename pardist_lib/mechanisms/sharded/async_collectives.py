@@ -1,80 +1,69 @@
-"""Gathering shards on a flat and reducing flats to shards, beside the computation.
+"""Reduce-scatter and all-gather of flat tensors that are started now and waited for later, beside the computation.
 
-A *flat* is a flat tensor that is cut into n shards; n need not divide it. S: its bytes.
+A flat tensor of S bytes is cut into n shards, one for each rank; n need not divide it.
 """
 
 from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
-from torch.distributed.distributed_c10d import _world
 
 from ..collectives.direct import added_up, asked_for_shards, sent_shard, started_all_gather, started_exchange
 from ..collectives.point_to_point import wait
 from ..group import rank_and_size
+from .own_group import own_group
 
 # their names since torch 2.13, and before
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# On gloo a flat up to this size moves by one of its own collectives: one call instead of 2·(n − 1), which counts with
-# few ranks (2 on two cores: a step of stage 3 with flats of 256 KB took 0.77 times as long). Longer ones are sent and
-# received. Its reduce-scatter is not used: it sends 2·(n − 1)/n·S, twice as much. Its all-to-all, and adding up, does.
+# On gloo a tensor up to this size moves by one of its own collectives: one call instead of 2·(n − 1), which counts
+# with few ranks (2 on two cores: a step of stage 3 with units of 256 KB took 0.77 times as long). Longer ones are sent
+# and received. Its reduce-scatter is not used, as it sends 2·(n − 1)/n·S, twice as much: an all-to-all and a sum are.
 ONE_CALL_BYTES = 1 << 20
 
 
-def prepared_gather(flats, group=None):
-    """Gather flats, [(flat, sizes)], on which this rank's shard lies already, in two parts: this asks for what the
-    other ranks have, and returns a function that does the rest. The shard may change in between.
-
-    gloo's sender waits to be told that its receipt has been asked for. What is asked for before the optimizer computes
-    is known by the time it is done.
-    """
-    rank, _ = rank_and_size(group)
-    cut = [(flat, flat.split(sizes), sizes) for flat, sizes in flats]
-    direct = [places for flat, places, sizes in cut if not _by_one_call(flat, sizes, group)]
-    asked = [work for places in direct for work in asked_for_shards(places, group)]
-
-    def rest():
-        sent = [work for places in direct for work in sent_shard(places, group)]
-        ones = [_all_gather(*one, group) for one in cut if _by_one_call(one[0], one[2], group)]
-        wait(asked + sent + ones)
-
-    return rest
-
-
 class AsyncCollectives:
-    """Starts to move flats; `result()` of what its methods return waits for one.
+    """Starts collectives of flat tensors; `result()` of what a method returns waits for one.
 
-    apart: over a process group of its own, which all couriers of `group` share, so that the caller's own messages
-    may come in between. Every rank has to ask for the same things in the same order. No more than two flats are
-    being reduced at a time: on gloo the room of each, as long as the flat, is kept for later ones, until `let_go`.
+    apart    over a process group of its own, which all of these of `group` share: the caller's own messages may then
+             come in between.
+    at_once  wait for each before its method returns
+
+    Every rank has to ask for the same things in the same order. At most two reduce-scatters are under way at a time:
+    on gloo each needs a buffer as long as the tensor for what arrives, which is kept for later ones, until `let_go`.
     """
 
-    def __init__(self, group=None, apart=True):
+    def __init__(self, group=None, apart=True, at_once=False):
         apart = apart and dist.get_backend(group) != "nccl" and dist.get_world_size(group) > 1
-        self.group = _own_group(group) if apart else group
+        self.group, self.at_once = own_group(group) if apart else group, at_once
         self.reducing, self.turn = [None, None], 0
         self.let_go()
 
     def all_gather(self, flat, shard, sizes):
-        """The flat, on which every rank's shard comes. Sends this rank's n − 1 times, (n − 1)/n·S where n divides."""
+        """`flat`, filled with all ranks' shards. Sends this rank's n − 1 times, (n − 1)/n·S where n divides."""
         places = flat.split(sizes)
         if _by_one_call(flat, sizes, self.group):
             works = [_all_gather(flat, places, sizes, self.group, shard)]
         else:
             works = started_all_gather(shard, places, self.group)
-        return _UnderWay(lambda: wait(works) or flat)
+        under_way = _UnderWay(lambda: wait(works) or flat)
+        if self.at_once:
+            under_way.result()
+        return under_way
 
     def reduce_scatter(self, flat, sizes, out=None):
-        """This rank's shard of the mean of all ranks' flats. Sends S minus that shard, (n − 1)/n·S where n divides."""
-        turn = self.reducing.index(None) if None in self.reducing else 1 - self.turn  # a free room, or the older one
+        """This rank's shard of the mean of all ranks' tensors, in `out` if given. Sends S minus that shard, (n − 1)/n·S
+        where n divides."""
+        turn = self.reducing.index(None) if None in self.reducing else 1 - self.turn  # a free one, or the older one
         if self.reducing[turn] is not None:
             self.reducing[turn].result()
         self.turn = turn
-        self.reducing[turn] = _UnderWay(self._started(flat, sizes, out, turn), partial(self._free, turn))
-        return self.reducing[turn]
+        under_way = _UnderWay(self._started(flat, sizes, out, turn), partial(self._free, turn))
+        self.reducing[turn] = under_way
+        if self.at_once:
+            under_way.result()
+        return under_way
 
     def _started(self, flat, sizes, out, turn):
         rank, n = rank_and_size(self.group)
@@ -90,14 +79,14 @@ class AsyncCollectives:
         return partial(added_up, works, chunks, room, mean, out, self.group)
 
     def let_go(self):
-        """Give the rooms back, once nothing is on its way."""
+        """Give the buffers back, once nothing is under way."""
         self.rooms = [torch.empty(0, dtype=torch.uint8)] * 2
 
     def _free(self, turn):
         self.reducing[turn] = None
 
     def _room(self, turn, chunk, n):
-        """New memory for each flat would cost more than it takes to fill it. On a GPU torch's allocator keeps it."""
+        """New memory each time would cost more than it takes to fill it. On a GPU torch's allocator keeps it."""
         size = n * chunk.nbytes
         if chunk.device.type != "cpu":
             return chunk.new_empty(n, chunk.numel())
@@ -117,6 +106,25 @@ class _UnderWay:
             if self.then:
                 self.then()
         return self.value
+
+
+def prepared_gather(flats, group=None):
+    """All-gather flat tensors, [(flat, sizes)], in which this rank's shard lies already, in two parts: this posts the
+    receives, and returns a function that sends and waits. The shard may change in between.
+
+    gloo's sender waits until its receiver has posted a receive. One that is posted before the optimizer computes is
+    known to the sender by the time that the optimizer is done.
+    """
+    cut = [(flat, flat.split(sizes), sizes) for flat, sizes in flats]
+    direct = [places for flat, places, sizes in cut if not _by_one_call(flat, sizes, group)]
+    posted = [work for places in direct for work in asked_for_shards(places, group)]
+
+    def rest():
+        sent = [work for places in direct for work in sent_shard(places, group)]
+        ones = [_all_gather(*one, group) for one in cut if _by_one_call(one[0], one[2], group)]
+        wait(posted + sent + ones)
+
+    return rest
 
 
 def _by_one_call(flat, sizes, group):
@@ -140,26 +148,3 @@ def _nccl_reduce_scatter(chunks, flat, op, out, group):
     else:
         work = dist.reduce_scatter(out, list(chunks), op, group, True)
     return lambda: wait([work]) or out
-
-
-def _own_group(group):
-    """A second process group of the same ranks, made once: its threads and connections live as long as the process.
-
-    dist.new_group would have to be called by ranks outside of the group too, or numbers its groups differently on
-    ranks that have made different ones before; so this does what it does, under a name of the group's own.
-    """
-    group = group or dist.group.WORLD
-    name = f"{group.group_name}.courier"
-    if _own_groups.get(name) not in _world.pg_map:
-        backend, store = _world.pg_map[group]
-        members = dist.get_process_group_ranks(group)
-        rank, backend = dist.get_rank(group), dist.Backend(backend)
-        own, _ = distributed_c10d._new_process_group_helper(
-            len(members), rank, members, backend, store, name, timeout=distributed_c10d._get_default_timeout(backend)
-        )
-        _world.pg_group_ranks[own] = {member: i for i, member in enumerate(members)}
-        _own_groups[name] = own
-    return _own_groups[name]
-
-
-_own_groups = {}

@@ -11,21 +11,10 @@ from torch.optim import Optimizer
 from ..collectives.agreement import take_from_first
 from ..group import rank_and_size
 from .async_collectives import AsyncCollectives, prepared_gather
-from .flat_parameter import (
-    FlatParameter,
-    UsedParameters,
-    call_when_accumulated,
-    check_parameters,
-    check_trainable,
-    clip_sharded_grad_norm_,
-)
-from .state import check_origin, cut_local_shard, full_optimizer_state, load_full_optimizer_state
-
-# What these do to one element depends on others: on a line search, on rows and columns, on a matrix's singular
-# vectors, on a layer's norm, on which rows a gradient has.
-NOT_ELEMENTWISE = {
-    "LBFGS", "Adafactor", "Muon", "SparseAdam", "LAMB", "Lamb", "LARS", "Lars", "Shampoo", "DistributedShampoo", "SOAP",
-}  # fmt: skip
+from .buckets import in_buckets
+from .checks import check_elementwise, check_frozen, check_parameters, check_trainable, check_unmoved
+from .gradients import UsedParameters, call_when_accumulated, clip_sharded_grad_norm_
+from .state import check_origin, full_optimizer_state, load_full_optimizer_state
 
 
 class ShardedOptimizer(Optimizer):
@@ -39,14 +28,14 @@ class ShardedOptimizer(Optimizer):
     reduce_gradients        True: `step` averages every rank's own gradients; False: they are averaged already, by
                             DataParallel or an all-reduce, and `step` only gathers: (n − 1)/n·S
     find_unused_parameters  True where ranks may have gradients for different parameters (see `UsedParameters`)
-    overlap                 True: a bucket leaves as soon as backward has its last gradient. Changing a gradient
-                            between backward and step, or another backward, makes it leave once more (a change
-                            through `.grad.data` is not seen). Worth it where ranks have cores or links to spare:
-                            measured with two and four ranks on two cores, it costs time.
-    bucket_mb               length of the flats that are moved, in MB of 2^20 bytes
+    overlap                 True: a bucket is reduced as soon as backward has its last gradient; and once more, where a
+                            gradient changes between backward and step, or by another backward (a change through
+                            `.grad.data` is not seen). Worth it where ranks have cores or links to spare: measured
+                            with two and four ranks on two cores, it costs time.
+    bucket_mb               most that is reduced and gathered in one call, in MB of 2^20 bytes; a parameter is not cut
 
-    Gradients in `.grad` stay each rank's own, as views of a few flat tensors, too. Besides, a rank keeps the memory of
-    its shard of the mean, an n-th of them, and on gloo room for what arrives, as long as a flat (or two).
+    Gradients in `.grad` stay each rank's own; they are views of a few flat tensors, too. Besides, a rank keeps the
+    memory of its shard of the mean, an n-th of them, and on gloo, for what arrives, that of a bucket (or two).
 
     Learning-rate schedulers take it as any optimizer; for float16 use mixed_precision.LossScaler, with torch's
     GradScaler one rank alone may skip a step. Raises ValueError for an optimizer that is not elementwise, for
@@ -56,18 +45,12 @@ class ShardedOptimizer(Optimizer):
 
     def __init__(self, params, optimizer_class, group=None, *, reduce_gradients=True, find_unused_parameters=False,
                  overlap=False, bucket_mb=25, **defaults):  # fmt: skip
-        if not isinstance(optimizer_class, type):
-            raise ValueError("optimizer_class is a class, torch.optim.AdamW say: give its options by name after it")
-        if bad := [c.__name__ for c in optimizer_class.__mro__ if c.__name__ in NOT_ELEMENTWISE]:
-            raise ValueError(
-                f"{bad[0]} is not elementwise: its step for one element depends on others, which another rank may "
-                "hold. Use SGD, Adam, AdamW, RMSprop, Adagrad or another elementwise optimizer"
-            )
+        check_elementwise(optimizer_class)
         if bucket_mb <= 0:
             raise ValueError(f"bucket_mb is a number of megabytes above 0, not {bucket_mb}")
         self.group, self.reduces, self.inner = group, reduce_gradients, None
         self.find_unused_parameters, self.bucket_bytes = find_unused_parameters, bucket_mb * 2**20
-        self.early = overlap and reduce_gradients and not find_unused_parameters  # else all leave in `step`
+        self.early = overlap and reduce_gradients and not find_unused_parameters  # else all are reduced in `step`
         self.collectives = AsyncCollectives(group, apart=overlap)
         self.buckets, self.sharded, self.reduced = [], set(), False
         super().__init__(params, defaults)
@@ -78,36 +61,96 @@ class ShardedOptimizer(Optimizer):
         self.defaults = self.inner.defaults
         self._take_settings()
 
+    # ---- a step -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Average the gradients, update this rank's shards, gather the parameters. closure: as torch's."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.reduce()
+        self._give_settings()  # what a scheduler has changed
+        gather = prepared_gather([(bucket.unsharded, bucket.sizes) for bucket in self.buckets], self.group)
+        try:
+            self.inner.step()
+        except Exception:
+            gather()  # its receives are posted, and would get the next message
+            raise
+        self._forget()
+        gather()
+        return loss
+
+    @torch.no_grad()
+    def reduce(self):
+        """The first part of `step` alone: this rank's shard of the mean gradient. `step` does not do it again, unless
+        there was another backward; what `clip_grad_norm_` did is then forgotten.
+
+        Sends (n − 1)/n·S where n divides S, but for what was reduced in backward; nothing with reduce_gradients=False.
+        """
+        if self.reduced:
+            return
+        self._check()
+        used = self.used.agree([p.grad is not None for bucket in self.buckets for p in bucket.parameters])
+        for bucket in self.buckets if self.reduces else ():
+            if any(used[bucket]) and not bucket.is_reduced():
+                bucket.place_all()
+                bucket.reduce_scatter(self.collectives)
+        for bucket in self.buckets:
+            if not self.reduces:
+                bucket.cut_gradients()
+            elif any(used[bucket]):
+                bucket.give_gradients(bucket.sent, used[bucket])
+        self.reduced = True
+
+    @torch.no_grad()
+    def _has_gradient(self, bucket, i):
+        """In backward, once a parameter's gradient is complete."""
+        if self.reduced:  # for a step that was not taken: it was skipped after clip_grad_norm_, say
+            self._forget()
+        if self.reduces:
+            bucket.place(i)
+        if self.early and len(bucket.arrived) == len(bucket.parameters):
+            bucket.reduce_scatter(self.collectives)
+
+    def clip_grad_norm_(self, max_norm, norm_type=2.0):
+        """Clip the averaged gradient to a global norm before `step`; returns that norm, the same on every rank.
+
+        torch.nn.utils.clip_grad_norm_ would see this rank's own gradients only.
+        """
+        self.reduce()
+        shards = [local for bucket in self.buckets for local in bucket.local_shards]
+        return clip_sharded_grad_norm_(shards, max_norm, self.group, norm_type)
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self._forget()
+
+    def _forget(self):
+        self.reduced = False
+        self.inner.zero_grad()
+        for bucket in self.buckets:
+            bucket.forget()
+
+    # ---- parameters and settings ------------------------------------------------------------------------------
+
     def _shard(self, parameters):
-        """{parameter: its local_shard} of the trainable ones, laid on flats of at most a bucket."""
+        """{parameter: its local shard} of the trainable ones, from now on in buckets."""
         names = [f"parameter {i}" for i in range(len(parameters))]
         if len(set(parameters)) < len(parameters):
             raise ValueError("a parameter is listed twice: give each one once, as model.parameters() does")
         check_parameters(parameters, names, self.group)
-        buckets, kinds = [], {}
-        for p, name in reversed(list(zip(parameters, names, strict=True))):  # about the order of backward
-            if not p.requires_grad:
-                take_from_first([p], self.group)
-            else:
-                kind = p.dtype, p.device
-                bucket = kinds.get(kind)
-                if bucket is None or sum(q.nbytes for q, _ in bucket) + p.nbytes > self.bucket_bytes:
-                    buckets.append(bucket := [])
-                    kinds[kind] = bucket
-                bucket.append((p, name))
-        flats = [FlatParameter(*zip(*bucket, strict=True), self.group) for bucket in buckets]
-        self.buckets += flats
-        for flat in flats:
-            flat.sent, flat.version, flat.mean = None, None, None
-            for i, p in enumerate(flat.parameters):
-                call_when_accumulated(p, self._arrived, flat, i)
-        self.used = UsedParameters(
-            [name for flat in self.buckets for name in flat.names], self.find_unused_parameters, self.group
-        )
-        self.sharded |= {p for flat in flats for p in flat.parameters}
-        return {
-            p: local_shard for flat in flats for p, local_shard in zip(flat.parameters, flat.local_shards, strict=True)
-        }
+        take_from_first([p for p in parameters if not p.requires_grad], self.group)
+        buckets = in_buckets([*zip(parameters, names, strict=True)], self.bucket_bytes, self.group)
+        for bucket in buckets:
+            for i, p in enumerate(bucket.parameters):
+                call_when_accumulated(p, self._has_gradient, bucket, i)
+        self.buckets += buckets
+        self.used = UsedParameters(self.buckets, self.find_unused_parameters, self.group)
+        shards = {p: local for b in buckets for p, local in zip(b.parameters, b.local_shards, strict=True)}
+        self.sharded |= set(shards)
+        return shards
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -125,128 +168,14 @@ class ShardedOptimizer(Optimizer):
         for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             ours.update({k: v for k, v in inner.items() if k != "params"})
 
-    # ---- a step -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        """Average the gradients, update this rank's shards, gather the parameters. closure: as torch's."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.reduce()
-        self._give_settings()  # what a scheduler has changed
-        gather = prepared_gather([(flat.unsharded, flat.sizes) for flat in self.buckets], self.group)
-        try:
-            self.inner.step()
-        except Exception:
-            gather()  # what was asked for has to come, or it would take the next message for it
-            raise
-        self._forget()
-        gather()
-        return loss
-
-    @torch.no_grad()
-    def _arrived(self, flat, i):
-        """Backward has a gradient: put it on its flat, of which `.grad` is a view from now on. A full flat leaves."""
-        if self.reduced:  # for a step that was not taken: it was skipped after clip_grad_norm_, say
-            self._forget()
-        if self.reduces:
-            self._place(flat, i)
-            flat.arrived.add(i)
-        if self.early and len(flat.arrived) == len(flat.parameters):
-            self._start(flat)
-
-    def _place(self, flat, i):
-        p = flat.parameters[i]
-        if not self._lies(flat, i):
-            flat.arrived.discard(i)
-            flat.put(i)
-            p.grad = flat.gradient_of(i)
-
-    def _lies(self, flat, i):
-        gradient = flat.parameters[i].grad
-        return flat.gradient is not None and gradient.data_ptr() == flat.gradient_of(i).data_ptr()
-
-    def _is_on_its_way(self, flat):
-        """Whether the flat has left, whole, and nothing on it has changed since."""
-        if flat.sent is None or flat.version != flat.gradient._version:
-            return False
-        return all(p.grad is not None and self._lies(flat, i) for i, p in enumerate(flat.parameters))
-
-    def _start(self, flat):
-        if flat.sent is not None:
-            flat.sent.result()  # it left before its gradients changed
-        flat.version, flat.arrived = flat.gradient._version, set()
-        if flat.mean is None:  # then it is kept: filling new memory takes the kernel longer than us
-            flat.mean = flat.shard.new_empty(len(flat.shard))
-        flat.sent = self.collectives.reduce_scatter(flat.gradient, flat.sizes, flat.mean)
-
-    @torch.no_grad()
-    def reduce(self):
-        """The first part of `step` alone: this rank's shard of the mean gradient. `step` does not do it again, unless
-        there was another backward; what `clip_grad_norm_` did is then forgotten.
-
-        Sends (n − 1)/n·S where n divides S, what has not left in backward already; nothing with
-        reduce_gradients=False.
-        """
-        if self.reduced:
-            return
-        self._check()
-        used = [p.grad is not None for flat in self.buckets for p in flat.parameters]
-        anyone = iter(self.used.agree(used, self.buckets[0].unsharded.device))
-        anyone = {flat: [next(anyone) for _ in flat.parameters] for flat in self.buckets}
-        if not self.reduces:
-            for flat in self.buckets:
-                for local_shard, p in zip(flat.local_shards, flat.parameters, strict=True):
-                    local_shard.grad = None if p.grad is None else cut_local_shard(p.grad, local_shard)
-        for flat in self.buckets if self.reduces else ():
-            if any(anyone[flat]) and not self._is_on_its_way(flat):
-                if flat.gradient is None:
-                    flat.gradient = flat.unsharded.new_empty(len(flat.unsharded))
-                for i, p in enumerate(flat.parameters):
-                    if p.grad is not None:
-                        self._place(flat, i)  # it may have been put there by hand
-                for i, p in enumerate(flat.parameters):
-                    if p.grad is None:
-                        flat.gradient_of(i).zero_()
-                self._start(flat)
-        for flat in self.buckets if self.reduces else ():
-            if any(anyone[flat]):
-                flat.add_gradient(flat.sent.result(), anyone[flat])
-        self.reduced = True
+    def _give_settings(self):
+        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update({k: v for k, v in ours.items() if k != "params"})
 
     def _check(self):
-        for flat in self.buckets:
-            for p, start in zip(flat.parameters, flat.starts, strict=True):
-                if p.data_ptr() != flat.unsharded.data_ptr() + start * flat.unsharded.element_size() and p.numel():
-                    raise RuntimeError(
-                        "a parameter's memory has been replaced since ShardedOptimizer was made (by model.to(…), or "
-                        "p.data = …): move and change the model first, then make the optimizer"
-                    )
-        if any(p.requires_grad for g in self.param_groups for p in g["params"] if p not in self.sharded):
-            raise RuntimeError("a parameter was unfrozen after ShardedOptimizer was made: set requires_grad before")
-
-    def clip_grad_norm_(self, max_norm, norm_type=2.0):
-        """Clip the averaged gradient to a global norm before `step`; returns that norm, the same on every rank.
-
-        torch.nn.utils.clip_grad_norm_ would see this rank's own gradients only.
-        """
-        self.reduce()
-        local_shards = [local_shard for flat in self.buckets for local_shard in flat.local_shards]
-        return clip_sharded_grad_norm_(local_shards, max_norm, self.group, norm_type)
-
-    def _forget(self):
-        self.reduced = False
-        self.inner.zero_grad()
-        for flat in self.buckets:
-            if flat.sent is not None:
-                flat.sent.result()  # nothing leaves from a flat that is being written to again
-            flat.sent, flat.arrived = None, set()
-
-    def zero_grad(self, set_to_none=True):
-        super().zero_grad(set_to_none)
-        self._forget()
+        for bucket in self.buckets:
+            check_unmoved(bucket)
+        check_frozen(p for g in self.param_groups for p in g["params"] if p not in self.sharded)
 
     def __getstate__(self):
         raise TypeError("a ShardedOptimizer cannot be copied or pickled: save state_dict() or full_state_dict()")
@@ -274,7 +203,3 @@ class ShardedOptimizer(Optimizer):
         """A plain optimizer's state dict, or `full_state_dict` of a world of any size. Sends nothing."""
         load_full_optimizer_state(self.inner, state_dict)
         self._take_settings()
-
-    def _give_settings(self):
-        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            inner.update({k: v for k, v in ours.items() if k != "params"})

@@ -8,54 +8,100 @@ from ..collectives.direct import direct_all_gather
 from ..group import rank_and_size
 
 
-def gather_local_shard(tensor, local_shard, group=None):
-    """The whole of what `tensor` is this rank's local_shard of: a parameter's values, or a momentum of them."""
-    return direct_all_gather(tensor.detach(), local_shard.sizes, group=group).view(local_shard.full_shape)
+class StateDicts:
+    """The part of ShardedDataParallel that saves and loads."""
+
+    def sharded_state_dict(self):
+        """This rank's shards, and the buffers, by the module's own names. Sends nothing."""
+        rank, n = rank_and_size(self.group)
+        return {"rank": rank, "world_size": n, "state": {k: copied(v) for k, v in self.module.state_dict().items()}}
+
+    def load_sharded_state_dict(self, state_dict):
+        """What `sharded_state_dict` gave on this rank, in a world of this size; else ValueError."""
+        check_origin(state_dict, self.group)
+        self.module.load_state_dict(state_dict["state"])
+
+    @torch.no_grad()
+    def full_state_dict(self):
+        """The plain module's state dict, whole, on every rank, one unit after the other; buffers are this rank's. Every
+        rank has to call it. Sends (n − 1)/n·S, at stage 2 only where the parameters have changed."""
+        self._reset()
+        whole = {}
+        for unit in self._units:
+            if self.stage == 3 or self._stale:
+                unit.gather()
+                unit.wait()
+            for flat in unit.flat_parameters:
+                for local, p in zip(flat.local_shards, flat.parameters, strict=True):
+                    whole[id(local)] = p.detach().clone()
+            unit.reshard()
+        state = self.module.state_dict(keep_vars=True)
+        return {k: whole[id(v)] if id(v) in whole else copied(v) for k, v in state.items()}
+
+    @torch.no_grad()
+    def load_full_state_dict(self, state_dict):
+        """A plain module's state dict, each rank taking its shards. Sends nothing. ValueError where it does not fit."""
+        self.module.load_state_dict(cut_state(state_dict, self.module.state_dict(keep_vars=True)))
+
+    def full_optimizer_state_dict(self, optimizer):
+        """The state of an optimizer of these shards, whole, as one process would save it. On every rank.
+        `optimizer.state_dict` is this rank's only, and fits no other rank."""
+        return full_optimizer_state(optimizer, self.group)
+
+    def load_full_optimizer_state_dict(self, optimizer, state_dict):
+        """One process's optimizer state, or `full_optimizer_state_dict` of a world of any size. Sends nothing."""
+        load_full_optimizer_state(optimizer, state_dict)
 
 
-def cut_local_shard(whole, local_shard):
+def gather_local_shard(tensor, local, group=None):
+    """The whole of what `tensor` is this rank's part of: a parameter's values, or a momentum of them. local: the
+    parameter's local shard."""
+    return direct_all_gather(tensor.detach(), local.sizes, group=group).view(local.full_shape)
+
+
+def cut_local_shard(whole, local):
     """This rank's part of a whole tensor."""
-    return whole.detach().flatten()[local_shard.start : local_shard.start + local_shard.numel()]
+    return whole.detach().flatten()[local.start : local.start + local.numel()]
 
 
 _SCALARS = {"step", "mu_product", "eta", "mu"}  # state that is one number a parameter, even where that is one number
 
 
-def _of_elements(name, value, local_shard):
+def _of_elements(name, value, local):
     """Whether this part of an optimizer's state has one number for each element of the parameter."""
-    return name not in _SCALARS and hasattr(local_shard, "full_shape") and isinstance(value, torch.Tensor)
+    return name not in _SCALARS and hasattr(local, "full_shape") and isinstance(value, torch.Tensor)
 
 
 def full_optimizer_state(optimizer, group=None):
     """What `state_dict` of the same optimizer would give in one process that has all parameters whole. On every rank;
-    sends its local_shard of each state tensor to every other rank."""
+    sends its part of each state tensor to every other rank."""
     state = optimizer.state_dict()
-    for i, local_shard in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+    for i, local in enumerate(p for g in optimizer.param_groups for p in g["params"]):
         for name, value in state["state"].get(i, {}).items():
-            if _of_elements(name, value, local_shard) and value.dim():
-                state["state"][i] = {**state["state"][i], name: gather_local_shard(value, local_shard, group)}
+            if _of_elements(name, value, local) and value.dim():
+                state["state"][i] = {**state["state"][i], name: gather_local_shard(value, local, group)}
     return state
 
 
 def load_full_optimizer_state(optimizer, state):
-    """The other way round: a one-process optimizer's `state_dict`, each rank taking its local_shards. Sends nothing."""
+    """The other way round: a one-process optimizer's `state_dict`, each rank taking its shards. Sends nothing."""
     if "rank" in state:
         raise ValueError(
             "this state dict is one rank's shard: load_state_dict takes it; save full_state_dict() for here"
         )
-    local_shards = [p for g in optimizer.param_groups for p in g["params"]]
+    shards = [p for g in optimizer.param_groups for p in g["params"]]
     cut = {i: dict(values) for i, values in state["state"].items()}
-    if cut and max(cut) >= len(local_shards):
-        raise ValueError(f"this state has parameter {max(cut)}, and the optimizer has {len(local_shards)} parameters")
+    if cut and max(cut) >= len(shards):
+        raise ValueError(f"this state has parameter {max(cut)}, and the optimizer has {len(shards)} parameters")
     for i, values in cut.items():
-        shape = getattr(local_shards[i], "full_shape", None)
+        shape = getattr(shards[i], "full_shape", None)
         for name, value in values.items():
-            if _of_elements(name, value, local_shards[i]) and (value.dim() or not len(shape)):
+            if _of_elements(name, value, shards[i]) and (value.dim() or not len(shape)):
                 if value.shape != shape:
                     raise ValueError(
                         f"{name} of parameter {i} has shape {list(value.shape)}, and the parameter {list(shape)}"
                     )
-                values[name] = cut_local_shard(value, local_shards[i]).clone()
+                values[name] = cut_local_shard(value, shards[i]).clone()
     optimizer.load_state_dict({**state, "state": cut})
 
 
@@ -72,7 +118,7 @@ def check_origin(state, group=None):
 
 
 def cut_state(state, ours):
-    """A plain module's state dict, of which this rank takes its local_shards. ValueError where it does not fit `ours`."""
+    """A plain module's state dict, of which this rank takes its shards. ValueError where it does not fit `ours`."""
     if ours.keys() != state.keys():
         raise ValueError(f"these names are in one state dict only: {sorted(ours.keys() ^ state.keys())}")
     for name, value in ours.items():

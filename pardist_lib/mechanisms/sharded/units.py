@@ -1,4 +1,4 @@
-"""The parts of a sharded module: what is gathered and freed as one.
+"""The parts of a sharded module that are gathered and freed as one.
 
 Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel" (2023), section 3.
 """
@@ -9,12 +9,106 @@ from torch.utils._pytree import tree_leaves
 
 from .flat_parameter import FlatParameter
 
-UNSHARDED, SHARDED, RESHARDED = range(3)  # what a module's attribute shows of a parameter
+# What a module's attribute is instead of a parameter that was sharded. UNSHARDED: the parameter, whole, while its unit
+# computes. SHARDED: this rank's part, outside of forward and backward. RESHARDED: neither, in the rest of a forward.
+UNSHARDED, SHARDED, RESHARDED = range(3)
+
+
+class Unit:
+    """A module whose own parameters are gathered and freed as one, in a flat parameter for each dtype and device, and
+    for frozen ones.
+
+    places: [(module, attribute, (parameter, local shard, what stands for it when resharded))]; collectives: its
+    AsyncCollectives; frees: stage 3, its memory is given back when it is resharded; reshards: after every forward, not
+    only after those without gradients.
+    """
+
+    def __init__(self, module, flat_parameters, places, collectives, frees, reshards):
+        self.module, self.parts, self.places = module, set(module.modules()), places
+        self.flat_parameters, self.collectives, self.frees = flat_parameters, collectives, frees
+        self.trained = [flat for flat in flat_parameters if flat.trainable]
+        self.gathered, self.coming = True, []  # coming: the all-gathers under way
+        self.reshards = reshards
+        self.awaited = False  # its backward is still to come
+        self.kept = False  # memory that something unknown uses: not freed until backward is over
+
+    def gather(self):
+        """Start to all-gather the parameters, unless that is under way or, at stage 3, they are there."""
+        if self.coming or self.frees and self.gathered:
+            return
+        for flat in self.flat_parameters:
+            if self.frees:
+                flat.allocate()
+            self.coming.append(self.collectives.all_gather(flat.unsharded, flat.shard, flat.sizes))
+        self.gathered = True
+
+    def wait(self):
+        if self.coming:
+            for coming in self.coming:
+                coming.result()
+            self.coming = []
+
+    def unshard(self):
+        """Before it computes, forward and backward: all parameters, whole."""
+        if self.frees:
+            self.gather()
+        self.wait()
+        self.show(UNSHARDED)
+
+    def reshard(self):
+        """After it has computed: give the memory of the whole parameters back (stage 3)."""
+        if self.frees:
+            self.wait()
+            self.gathered = False
+            for flat in self.flat_parameters if not self.kept else ():
+                flat.free()
+
+    def reshard_after_forward(self, returned, differentiable):
+        """Reshard it until its backward, or until its next forward, unless its memory is used on.
+        returned: the tensors that the forward has returned; differentiable: those with a backward to come."""
+        self.awaited = bool(differentiable)
+        self.show(RESHARDED)
+        if self.frees and not self._is_used_on(returned, differentiable):
+            if self.reshards or not torch.is_grad_enabled():
+                self.reshard()
+
+    def rest(self, reshard=True):
+        """Outside of forward and backward: this rank's shards."""
+        self.wait()
+        self.show(SHARDED)
+        if reshard:
+            self.reshard()
+
+    def show(self, face):
+        """Let the module's attributes be one of UNSHARDED, SHARDED, RESHARDED."""
+        for owner, name, faces in self.places:
+            if all(owner._parameters.get(name) is not known for known in faces):
+                raise RuntimeError(
+                    f"{name} of {type(owner).__name__} was replaced after wrapping (by assign=True, or an assignment): "
+                    "change the module first, then wrap it; load values with load_full_state_dict"
+                )
+            owner._parameters[name] = faces[face]
+
+    def _is_used_on(self, returned, differentiable):
+        """Whether its memory is needed after this forward, and no hook will tell when: as it has returned a parameter,
+        or a view of one, or kept what has a backward for itself. Then it is not freed before the end of backward."""
+        training = torch.is_grad_enabled()
+        hides = training and not differentiable and (self.trained or not returned)
+        used = bool(hides or self._lends(returned))
+        self.kept = self.kept or used and training
+        return used
+
+    def _lends(self, tensors):
+        """Whether one of these tensors is a parameter of the unit, or a view of one."""
+        memory = {
+            flat.unsharded.untyped_storage()._cdata for flat in self.flat_parameters
+        }  # fake tensors have no data_ptr
+        return any(t.layout == torch.strided and t.untyped_storage()._cdata in memory for t in tensors)
 
 
 class Resharded(nn.Parameter):
-    """Stands for a parameter during a forward, while its unit is not being called: a local_shard in its place might fit by
-    accident. It tells what it is, and refuses to be computed with."""
+    """Stands for a parameter in a forward while its unit is not called: a local shard in its place might fit by
+    accident. It tells what the parameter is like, and refuses to be computed with."""
 
     ABOUT = {getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_complex")} | {
         getattr(torch.Tensor, name).__get__
@@ -31,46 +125,28 @@ class Resharded(nn.Parameter):
         )
 
 
-class Unit:
-    """A module whose own parameters are gathered and freed as one: a flat for each dtype, device, frozen or not."""
-
-    def __init__(self, module, flats, places):
-        self.module, self.flat_parameters, self.places, self.parts = module, flats, places, set(module.modules())
-        self.trains = any(flat.trainable for flat in flats)
-        self.gathered, self.coming, self.awaited = True, [], False
-        self.kept = False  # its memory is used until the end of backward, by whom is not known
-
-    def show(self, face):
-        """Let the module's attributes be the whole parameters, this rank's local_shards, or what stands for them."""
-        for owner, name, faces in self.places:
-            if all(owner._parameters.get(name) is not known for known in faces):
-                raise RuntimeError(
-                    f"{name} of {type(owner).__name__} was replaced after wrapping (by assign=True, or an assignment): "
-                    "change the module first, then wrap it; load values with load_full_state_dict"
-                )
-            owner._parameters[name] = faces[face]
-
-    def wait(self):
-        for coming in self.coming:
-            coming.result()
-        self.coming = []
-
-    def free(self):
-        self.wait()
-        self.gathered = False
-        for flat in self.flat_parameters if not self.kept else ():
-            flat.free()
-
-    def lends(self, tensors):
-        """Whether one of these is a parameter of the unit, or a view of one."""
-        flats = {
-            flat.unsharded.untyped_storage()._cdata for flat in self.flat_parameters
-        }  # not data_ptr: fake tensors have none
-        return any(t.layout == torch.strided and t.untyped_storage()._cdata in flats for t in tensors)
+def returned_tensors(output):
+    """[the tensors that a module has returned]: in containers, and in the attributes of what else it returns."""
+    return list(_tensors(output, set()))
 
 
-def make_units(module, chosen, group, keep_whole):
-    """The units, the whole module's own one first."""
+def _tensors(output, seen):
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, (dict, list, tuple, set, frozenset)):  # a subclass, or one that pytrees do not know
+            yield from _tensors(list(leaf.values() if isinstance(leaf, dict) else leaf), seen)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from _tensors(dict(vars(leaf)), seen)
+
+
+# ---- which parts are units ----------------------------------------------------------------------------------------
+
+
+def make_units(module, chosen, group, collectives, frees, reshards):
+    """The units, the whole module's own one first, which is kept from forward to backward. chosen: as `units` of
+    ShardedDataParallel; the others: as of Unit."""
     parts = list(dict.fromkeys([module, *_chosen(module, chosen)]))
     inside = {}  # module: the innermost unit that it is in
     for part in sorted(parts, key=lambda m: -sum(1 for _ in m.modules())):
@@ -87,13 +163,13 @@ def make_units(module, chosen, group, keep_whole):
         for p in names:
             if homes[p] == {part} or part is module and len(homes[p]) > 1:
                 kinds.setdefault((p.dtype, p.device, p.requires_grad), []).append(p)
-        flats = [FlatParameter(ps, [names[p] for p in ps], group, keep_whole) for ps in kinds.values()]
-        for flat in flats:
-            for p, local_shard in zip(flat.parameters, flat.local_shards, strict=True):
-                away = Resharded(p.detach(), requires_grad=p.requires_grad)
-                shown += [(m, name, (p, local_shard, away)) for m, name in places[p]]
-        if part is module or flats:
-            units.append(Unit(part, flats, shown))
+        flat_parameters = [FlatParameter(ps, [names[p] for p in ps], group, not frees) for ps in kinds.values()]
+        for flat in flat_parameters:
+            for p, local in zip(flat.parameters, flat.local_shards, strict=True):
+                resharded = Resharded(p.detach(), requires_grad=p.requires_grad)
+                shown += [(m, name, (p, local, resharded)) for m, name in places[p]]
+        if part is module or flat_parameters:
+            units.append(Unit(part, flat_parameters, shown, collectives, frees, reshards and part is not module))
     return units
 
 
@@ -122,27 +198,3 @@ def _children(module):
 def _is_called(module):
     """Whether it has a forward; ModuleList, ModuleDict, ParameterList and ParameterDict have none."""
     return type(module).forward is not nn.Module.forward
-
-
-def returned_tensors(output, seen=None):
-    """The tensors that a module has returned: in containers, and in the attributes of what else it returns."""
-    seen = set() if seen is None else seen
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, torch.Tensor):
-            yield leaf
-        elif isinstance(leaf, (dict, list, tuple, set, frozenset)):  # a subclass, or one that pytrees do not know
-            yield from returned_tensors(list(leaf.values() if isinstance(leaf, dict) else leaf), seen)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and id(leaf) not in seen:
-            seen.add(id(leaf))
-            yield from returned_tensors(dict(vars(leaf)), seen)
-
-
-def next_unit(order, unit):
-    """The one that comes after `unit` in `order`, or None."""
-    at = order.index(unit) + 1 if unit in order else len(order)
-    return order[at] if at < len(order) else None
-
-
-def in_backward():
-    """Whether autograd is at work on this thread."""
-    return torch._C._current_graph_task_id() != -1

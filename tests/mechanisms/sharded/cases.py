@@ -74,7 +74,12 @@ def close(got, expected, about):
 
 
 def storages(tensors):
-    """Bytes of the memory behind some tensors, each piece of memory once."""
+    """Bytes of the memory behind some tensors, each block once."""
     return sum(
         {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}.values()
     )
+
+
+def flat_parameters(model):
+    """All flat parameters of a ShardedDataParallel, frozen ones too."""
+    return [flat for unit in model._units for flat in unit.flat_parameters]

@@ -1,4 +1,4 @@
-"""Lines under way: several at once, ended in any order, and the memory that is kept for them."""
+"""Collectives under way: several at once, ended in any order, and the memory that is kept for them."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from pardist_lib.mechanisms.sharded.async_collectives import ONE_CALL_BYTES, Asy
 
 
 def moved(length, apart, in_order):
-    """Four flats reduced and gathered; what is wrong, and the bytes of the rooms."""
+    """Four flat tensors reduced and gathered; what is wrong, and the bytes of the rooms."""
     rank, n = dist.get_rank(), dist.get_world_size()
     sizes, wrong, collectives = split_sizes(length, n), [], AsyncCollectives(apart=apart)
     flats = [torch.arange(length, dtype=torch.float64) + 10 * rank + k for k in range(4)]
@@ -32,7 +32,7 @@ def moved(length, apart, in_order):
 
 @pytest.mark.parametrize("length", [ONE_CALL_BYTES // 8, ONE_CALL_BYTES // 8 + 5, 7, 1])
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_lines_may_be_under_way_together_and_end_in_any_order(ranks_of, n, length):
+def test_several_may_be_under_way_together_and_end_in_any_order(ranks_of, n, length):
     for apart, in_order in ((True, False), (False, True)):
         for rank, (wrong, *_, rest) in enumerate(ranks_of(n).run(moved, length, apart, in_order, quiet=True)):
             assert not wrong and rest == [0, 0], (rank, wrong, rest)
@@ -45,5 +45,5 @@ def one_at_a_time(length):
     return [room.numel() for room in collectives.rooms]
 
 
-def test_one_line_at_a_time_keeps_one_room(ranks_of):
+def test_one_at_a_time_keeps_one_room(ranks_of):
     assert ranks_of(4).run(one_at_a_time, 400, quiet=True) == [[1600, 0]] * 4

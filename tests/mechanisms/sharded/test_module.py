@@ -14,7 +14,7 @@ from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.sharded import ShardedDataParallel, ShardedOptimizer, async_collectives
 from pardist_lib.mechanisms.sharded.state import gather_local_shard
 from tests.mechanisms.refusals import refused
-from tests.mechanisms.sharded.cases import OPTIMIZERS, Model, close, loss_of, rows_of, storages
+from tests.mechanisms.sharded.cases import OPTIMIZERS, Model, close, flat_parameters, loss_of, rows_of, storages
 from tests.mechanisms.sharded.unusual_modules import Between, Scaled, filled
 
 STAGES = [2, 3]
@@ -336,14 +336,14 @@ def some_steps(steps, width, layers, bias, how):
 def test_a_step_sends_the_formulas_bytes(ranks, how, factor):
     for width, layers, bias in ((WIDTH, LAYERS, False), (33, 2, True)):
         once, more = (ranks.trace(some_steps, steps, width, layers, bias, how) for steps in (2, 3))
-        line = width * width + width * bias
-        shards = [line // 4 + (r < line % 4) for r in range(4)]
+        elements = width * width + width * bias  # of a unit
+        shards = [elements // 4 + (r < elements % 4) for r in range(4)]
         for r in range(4):
             calls = ("send", "all_to_all", "all_reduce")
             sent, chunks, rest = (more.bytes(call, r) - once.bytes(call, r) for call in calls)
-            gather, reduce = 3 * shards[r], line - shards[r]
-            if chunks:  # the short line is reduced in one call, which is given this rank's own chunk, too
-                assert chunks == 4 * layers * line <= async_collectives.ONE_CALL_BYTES
+            gather, reduce = 3 * shards[r], elements - shards[r]
+            if chunks:  # short units are reduced in one call each, which is given this rank's own chunk, too
+                assert chunks == 4 * layers * elements <= async_collectives.ONE_CALL_BYTES
                 sent += chunks - 4 * layers * shards[r]
             assert sent == 4 * layers * ((factor - 1) * gather + reduce) and not rest
             others = {e.name for e in more.collectives} - {"recv", "broadcast", "barrier", *calls}
@@ -378,7 +378,7 @@ def held(stage, how, width=128, layers=4):
     most = [0]
 
     def look(*_):
-        most[0] = max(most[0], storages(flat.unsharded for flat in model._flat_parameters))
+        most[0] = max(most[0], storages(flat.unsharded for flat in flat_parameters(model)))
 
     for layer in model.module:
         layer.register_forward_pre_hook(look)
@@ -387,11 +387,11 @@ def held(stage, how, width=128, layers=4):
         optimizer.zero_grad()
         model(torch.ones(2, width, requires_grad=True)).sum().backward()
         optimizer.step()
-    whole = [p for flat in model._flat_parameters for p in flat.parameters]
+    whole = [p for flat in flat_parameters(model) for p in flat.parameters]
     kinds = {
         "parameters": [*model.parameters(), *whole],
         "gradients": [p.grad for p in [*model.parameters(), *whole]]
-        + [flat.gradient for flat in model._flat_parameters],
+        + [flat.gradient for flat in flat_parameters(model)],
         "state": [v for s in optimizer.state.values() for v in s.values() if v.dim()],
     }
     return [storages(tensors) for tensors in kinds.values()], most[0]
@@ -409,25 +409,19 @@ def test_memory_by_kind_is_the_formulas(ranks, stage):
 
 def freed():
     model = ShardedDataParallel(mlp(64, 3), 3)
-    flats = [flat.unsharded.untyped_storage() for flat in model._flat_parameters]
+    flats = [flat.unsharded.untyped_storage() for flat in flat_parameters(model)]
     sizes = [sum(s.nbytes() for s in flats)]
     shapes = [p.shape for p in model.parameters()]
     out = model(torch.ones(2, 64))
     sizes.append(sum(s.nbytes() for s in flats))
     out.sum().backward()
     sizes.append(sum(s.nbytes() for s in flats))
-    return sizes, shapes, [p.grad is None for flat in model._flat_parameters for p in flat.parameters]
+    return sizes, shapes, [p.grad is None for flat in flat_parameters(model) for p in flat.parameters]
 
 
 def test_stage_3_frees_after_use(ranks):
     for sizes, shapes, gone in ranks.run(freed):
         assert sizes == [0, 0, 0] and shapes == [(64 * 64 // 4,)] * 3 and all(gone)
-
-
-# ---- state dicts ----------------------------------------------------------------------------------------------
-
-
-# ---- what is refused ------------------------------------------------------------------------------------------
 
 
 def left_behind(stage):
@@ -439,7 +433,7 @@ def left_behind(stage):
     else:
         model = ShardedDataParallel(model, stage)
         optimizer = torch.optim.AdamW(model.parameters())
-        flats = [weakref.ref(flat) for flat in model._flat_parameters]
+        flats = [weakref.ref(flat) for flat in flat_parameters(model)]
     for step in range(2):
         loss_of(model, step, torch.float32, 4, False).backward()
         optimizer.step()

@@ -206,7 +206,7 @@ def test_a_step_sends_what_an_all_reduce_sends(ranks, sizes, reduces):
         direct, chunks, everything = (b - a for a, b in zip(once, twice, strict=True))
         arrived = 4 * (elements - shards[r] + 3 * shards[r] * (reduces and not chunks))
         assert everything == direct + chunks + arrived, "a step makes other calls"
-        if chunks:  # the short line is reduced in one call, which is given this rank's own chunk, too
+        if chunks:  # the short bucket is reduced in one call, which is given this rank's own chunk, too
             assert chunks == 4 * elements <= async_collectives.ONE_CALL_BYTES
             direct += chunks - 4 * shards[r]
         assert direct == 4 * (reduces * (elements - shards[r]) + 3 * shards[r])
@@ -214,7 +214,7 @@ def test_a_step_sends_what_an_all_reduce_sends(ranks, sizes, reduces):
             assert direct == 2 * 3 * 4 * elements // 4
 
 
-def test_a_short_even_line_goes_by_torchs_own_calls(ranks):
+def test_a_short_even_bucket_goes_by_torchs_own_calls(ranks):
     once, twice = (ranks.trace(one_step, (64, 16), True, warm) for warm in (0, 1))
     for r in range(4):
         calls = {op: twice.bytes(op, r) - once.bytes(op, r) for op in ("all_to_all", "all_gather", "send")}
