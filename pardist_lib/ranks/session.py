@@ -20,7 +20,7 @@ from .transport import Parcel
 
 _all, _counter = weakref.WeakSet(), itertools.count()
 _KEPT = "The ranks and what they hold are still there."
-_FRESH = "A fresh set of ranks takes over: names that %%ranks cells had set are gone, the next call works."
+FRESH = "A fresh set of ranks takes over: names that %%ranks cells had set are gone, the next call works."
 
 
 class Ranks:
@@ -79,7 +79,7 @@ class Ranks:
         try:
             parcel = Parcel((fn, args, kwargs))
         except Exception as error:
-            raise TypeError(_unsendable(fn, args, kwargs, error)) from None
+            raise TypeError(unsendable(fn, args, kwargs, error)) from None
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("these ranks are busy with another call")
         try:
@@ -122,7 +122,7 @@ class Ranks:
 
     def restart(self):
         """Replace all ranks by fresh ones (names set on them are gone)."""
-        self._replace(_FRESH)
+        self._replace(FRESH)
         self._link.wait_joined()
         self._become("ready")
 
@@ -177,7 +177,7 @@ class Ranks:
     def _call(self, parcel, on, quiet, timeout):
         link = self._link
         if not self._settled:  # the stop button was pressed a second time, or while ranks were being replaced
-            self._replace(_FRESH)
+            self._replace(FRESH)
         self._settled = False
         try:
             link.wait_joined()
@@ -198,18 +198,18 @@ class Ranks:
             self._wait(mine, live, timeout)
             if behind := link.ledger.behind():
                 lasts = link.last_calls()
-                raise report.unfinished(behind, lasts, self._replace(_FRESH))
+                raise report.unfinished(behind, lasts, self._replace(FRESH))
             if all(r.in_group for r in mine):
                 self._settled = True
             else:
                 warnings.warn(
-                    f"The ranks have left their group (destroy_process_group). {self._replace(_FRESH)}", stacklevel=3
+                    f"The ranks have left their group (destroy_process_group). {self._replace(FRESH)}", stacklevel=3
                 )
             return [r.outcome[1].load() for r in mine]
         except KeyboardInterrupt:
             link.ask_where(0.5)
             said = report.folded(report.where(self._outcomes(), link.last_calls()))
-            raise report.RanksInterrupted(f"{said}\n{self._replace(_FRESH)}") from None
+            raise report.RanksInterrupted(f"{said}\n{self._replace(FRESH)}") from None
         finally:
             live.finish(mine)
             self.output = [r.printed.text() for r in mine] if len(mine) == self.n else self._output_of(mine)
@@ -266,12 +266,12 @@ class Ranks:
         faults = link.fault_frames(report.root_cause(outcomes))
         self._settled = not link.ledger.behind() and report.harmless(outcomes) and all(r.in_group for r in mine)
         lost = set(self._lost)
-        return report.failure(outcomes, lasts, faults, _KEPT if self._settled else self._replace(_FRESH), lost)
+        return report.failure(outcomes, lasts, faults, _KEPT if self._settled else self._replace(FRESH), lost)
 
     def _hung(self, seconds):
         link = self._link
         outcomes, lasts, behind = self._outcomes(), link.last_calls(), link.ledger.behind()
-        return report.hang(outcomes, lasts, behind, round(seconds, 1), self._replace(_FRESH))
+        return report.hang(outcomes, lasts, behind, round(seconds, 1), self._replace(FRESH))
 
     def _outcomes(self):
         return {r.number: r.outcome for r in self._link.ranks}
@@ -290,9 +290,9 @@ class Ranks:
                 shown.update({"text/html": card(self), "text/plain": repr(self)}, raw=True)
 
 
-def newest():
-    """The Ranks made last and still open, or None."""
-    return max((r for r in _all if r.state != "closed"), key=lambda r: r.made, default=None)
+def newest(at_least=1):
+    """The Ranks made last and still open, of those with as many ranks; None where there is none."""
+    return max((r for r in _all if r.state != "closed" and r.n >= at_least), key=lambda r: r.made, default=None)
 
 
 def seconds(timeout):
@@ -314,7 +314,7 @@ def _names_set_in(source):
     return names | {(name.asname or name.name).split(".")[0] for name in imports}
 
 
-def _unsendable(fn, args, kwargs, error):
+def unsendable(fn, args, kwargs, error):
     """Say which part of a call cannot be pickled."""
     parts = [(f"argument {i}", a) for i, a in enumerate(args)] + [(f"argument {k}", v) for k, v in kwargs.items()]
     if inspect.isfunction(fn):

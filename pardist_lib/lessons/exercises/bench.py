@@ -3,9 +3,10 @@
 import importlib
 import re
 
-from pardist_lib.ranks import RankError, RankHang, Ranks, session
+from pardist_lib.ranks import RankError, RankHang, Ranks, newest
 from pardist_lib.ranks.output import rendered
 from pardist_lib.ranks.report import folded, plural
+from pardist_lib.ranks.session import FRESH, unsendable
 
 from ..worlds import in_world
 from .judge import Wrong
@@ -21,9 +22,8 @@ class Blocked(Exception):
 
 def four_ranks():
     """The newest open Ranks of at least four, or four new ones. Raises Blocked where they cannot be started."""
-    open_ones = [r for r in session._all if r.n >= 4 and r.state in ("ready", "running", "replacing its ranks")]
-    if open_ones:
-        return max(open_ones, key=lambda r: r.made)
+    if ranks := newest(at_least=4):
+        return ranks
     try:
         _started[:] = [Ranks(4)]
     except Exception as error:
@@ -49,7 +49,7 @@ class Bench:
         try:
             seen = self.ranks.run(*call, on=on, quiet=True, timeout=PATIENCE)
         except TypeError as error:
-            raise Wrong(session._unsendable(self.answer, args, {}, error)) from None
+            raise Wrong(unsendable(self.answer, args, {}, error)) from None
         except RankError as error:
             self.printed = self._said()
             raise self._explained(error, about, stuck, n) from None
@@ -105,7 +105,7 @@ class Bench:
             said = f"{head} (something is None there?)"
         else:
             said = head
-        note = REPLACED if "fresh set" in str(error) else ""
+        note = REPLACED if FRESH in str(error) else ""
         doing = folded(where).replace("; ", "\n") if isinstance(error, RankHang) else ""
         wrong = Wrong(said, ", ".join(filter(None, [_spot(error), about])), got=doing, note=note)
         wrong.hangs = isinstance(error, RankHang)

@@ -149,7 +149,7 @@ def _ranks(args):
 def watched(answer, *args, **kwargs):
     """Call `answer(*args, **kwargs)` on this rank and return what was seen. What it raises passes through."""
     noting, seen = _Noting(), Seen()
-    _under_way[:] = [noting.works]  # a Work that is dropped takes its message along: kept until the next call
+    _last_works[:] = [noting.works]  # a Work that is dropped takes its message along: kept until the next call
 
     def notice(frame, event, _):
         if event == "call":
@@ -163,7 +163,7 @@ def watched(answer, *args, **kwargs):
             elif code.co_filename == _DDP:
                 seen.torchs = "DistributedDataParallel"
 
-    before = _sequence()
+    before = calls_so_far()
     with _waits(noting) as waited, noting:
         sys.setprofile(notice)
         try:
@@ -172,12 +172,17 @@ def watched(answer, *args, **kwargs):
             sys.setprofile(None)
     seen.result, seen.calls, seen.ops, seen.dtypes = plain(result), noting.calls, noting.ops, noting.dtypes
     seen.unwaited = max(0, len(noting.works) - len(waited))
-    seen.hidden = max(0, _sequence() - before - len(noting.calls))
+    seen.hidden = max(0, calls_so_far() - before - len(noting.calls))
     seen.early = noting.early
     return seen
 
 
-_under_way = []
+_last_works = []
+
+
+def forget():
+    """Let go of the last call's messages and the tensors they hold: before counting which tensors are still alive."""
+    _last_works.clear()
 
 
 @contextmanager
@@ -218,7 +223,7 @@ def _called(frame):
     return name
 
 
-def _sequence():
+def calls_so_far():
     """How many communications torch has counted on this rank, in all its groups."""
     if not dist.is_initialized():
         return 0

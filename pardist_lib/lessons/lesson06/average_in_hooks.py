@@ -7,7 +7,7 @@ from ..exercises.cases import F32, F64, values
 from ..exercises.exercise import Exercise
 from ..exercises.gradients import PAIRS, Sample, gradients, judge_average, loss_of, rows_of_rank
 from ..exercises.judge import Wrong
-from ..exercises.watch import _sequence, watched
+from ..exercises.watch import calls_so_far, watched
 from .shared import group
 
 hints = (
@@ -82,17 +82,17 @@ def _hooked(answer, dtype, same_weights, in_pairs, second, placed=False, zero_on
     trainable = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
 
     def first_layer(gradient):  # the last one to be computed
-        kept["within"] = _sequence() > kept["started"]
+        kept["within"] = calls_so_far() > kept["started"]
 
     def everything():
-        sequence = _sequence()
+        sequence = calls_so_far()
         answer(model, **group(in_pairs))
-        kept["early"] = _sequence() - sequence
+        kept["early"] = calls_so_far() - sequence
         kept["made"] = [name for name, p in model.named_parameters() if p.grad is not None]
         model.fc1.weight.register_hook(first_layer)
         for backward in range(1 + second):
             model.zero_grad()
-            kept["started"], kept["earlier calls"] = _sequence(), _sequence() - sequence
+            kept["started"], kept["earlier calls"] = calls_so_far(), calls_so_far() - sequence
             (loss_of(model, rows_of_rank(1 + backward, rank, dtype)) * scale).backward()
 
     seen = watched(everything)

@@ -8,7 +8,7 @@ from ..exercises.cases import F32, F64, values
 from ..exercises.exercise import Exercise
 from ..exercises.gradients import PAIRS
 from ..exercises.judge import Wrong, only_calls, same
-from ..exercises.watch import _sequence, watched
+from ..exercises.watch import calls_so_far, watched
 from .shared import group, in_their_group
 
 hints = (
@@ -41,7 +41,7 @@ def check(run):
 def _reduced(answer, sizes, orders, dtype, in_pairs):
     rank = dist.get_rank()
     buckets = [values((size,), dtype, rank, number) for number, size in enumerate(sizes)]
-    given, started, waited, begun, waits = list(buckets), [], [], _sequence(), [0]
+    given, started, waited, begun, waits = list(buckets), [], [], calls_so_far(), [0]
     plain = Work.wait, torch._C.Future.wait
 
     def counted(wait):
@@ -54,7 +54,7 @@ def _reduced(answer, sizes, orders, dtype, in_pairs):
     def arriving():
         for number in orders[rank]:
             yield number, buckets[number]
-            started.append(_sequence() - begun)
+            started.append(calls_so_far() - begun)
             waited.append(waits[0])
 
     Work.wait, torch._C.Future.wait = map(counted, plain)

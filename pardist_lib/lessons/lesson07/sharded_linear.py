@@ -9,7 +9,7 @@ import torch.distributed as dist
 from ..exercises.cases import values
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, equal, only_calls, same
-from ..exercises.watch import _under_way, watched
+from ..exercises.watch import forget, watched
 from .shared import F32, F64, counted, judge_moved
 
 hints = (
@@ -76,7 +76,7 @@ def _use(answer, seed, sizes, batch, dtype):
     before = _memory(_tensors())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         seen = counted(watched(forward), n)
-    _under_way.clear()  # else what the calls filled would be alive still
+    forget()  # else what the calls filled would be alive still
     known = before | _memory(t for t in [*outputs, seen.result, x, *shards] if isinstance(t, torch.Tensor))
     for _ in range(20):  # gloo's threads may hold on to tensors for a moment
         gc.collect()
