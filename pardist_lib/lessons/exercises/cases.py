@@ -29,6 +29,20 @@ def what_is_new(new):
         raise
 
 
+def one_by_one(cases, news, one):
+    """Call `one(seed, *case)` for each case; a failure tells what is new in its case, where that is one thing.
+
+    news: `news(*case)` is {sentence: whether it holds}, the same things in the same order for each case.
+    """
+    known = set()
+    for seed, case in enumerate(cases):
+        new = {i: said for i, (said, holds) in enumerate(news(*case).items()) if holds}
+        fresh = [said for i, said in new.items() if i not in known]
+        with what_is_new(fresh[0] if len(fresh) == 1 else ""):
+            one(seed, *case)
+        known |= new.keys()
+
+
 def groups_of(in_pairs, n=4):
     """The groups of a case, each a tuple of ranks: two pairs, or all n ranks as one."""
     return PAIRS if in_pairs else (tuple(range(n)),)
@@ -99,10 +113,10 @@ def every_case(one, split=False):
 
     split: whether the answer has to cut the tensor into n pieces.
     """
-    known = set()
-    for seed, (n, shape, dtype) in enumerate(CASES):
+
+    def news(n, shape, dtype):
         size, kind = torch.Size(shape).numel(), str(dtype)[6:]
-        notable = {
+        return {
             f"it works with 4 ranks, but not with {n} (is a 4 written into it?)": n != 4,
             f"it works where {n} divides the number of elements, but not for {size}": split and size % n,
             f"it works for 8 elements, but not for {size} (is a size written into it?)": not split
@@ -112,16 +126,17 @@ def every_case(one, split=False):
             "it does not work for a tensor without dimensions, a single number": not shape,
             f"it works for float32, but not for {kind}": dtype != F32,
         }
-        kinds = {i: text for i, (text, holds) in enumerate(notable.items()) if holds}
-        try:
-            one(n, shape, dtype, seed, f"{a(kind)} tensor of shape {shape} on {n} ranks")
-        except Wrong as wrong:
-            if wrong.hangs and n % 2 and 0 not in known:
-                kinds[0] = f"it works with 4 ranks, but {n} cannot be paired off, even ranks with odd ones"
-            if len(new := [text for i, text in kinds.items() if i not in known]) == 1:
-                wrong.diagnosis = f"{new[0]}: {wrong.diagnosis}"
-            raise
-        known |= kinds.keys()
+
+    def with_its_name(seed, n, shape, dtype):
+        one(n, shape, dtype, seed, f"{a(str(dtype)[6:])} tensor of shape {shape} on {n} ranks")
+
+    try:
+        one_by_one(CASES, news, with_its_name)
+    except Wrong as wrong:
+        if wrong.hangs:
+            odd = "but 3 cannot be paired off, even ranks with odd ones"
+            wrong.diagnosis = wrong.diagnosis.replace("but not with 3 (is a 4 written into it?)", odd)
+        raise
 
 
 def in_place(seen, expected, before, about, mistakes=()):
@@ -156,10 +171,15 @@ def numbers(run, inputs, expected, labels, mistakes, tolerance=(1e-6, 0)):
     if seen.calls:
         raise Wrong(f"it calls {seen.calls[0].op}: this one is plain arithmetic, in one process")
     got = [number(value) for value in seen.result]
-    wrong = [(why, [torch.tensor(float(formula(*args)), dtype=torch.float64) for args in inputs])
-             for why, formula in mistakes]  # fmt: skip
-    expected = [torch.tensor(float(e), dtype=torch.float64) for e in expected]
+    wrong = [(why, [number(float(gives(*args))) for args in inputs]) for why, gives in mistakes]
+    expected = [number(float(e)) for e in expected]
     same(got, expected, "", mistakes=wrong, labels=labels, tolerance=tolerance)
+
+
+def formula(run, right, inputs, mistakes, tolerance=(1e-6, 0)):
+    """Raise Wrong unless the answer gives the numbers of `right`, named as the exercise, for these inputs."""
+    labels = [f"{right.__name__}({', '.join(map(repr, args))})" for args in inputs]
+    numbers(run, inputs, [right(*args) for args in inputs], labels, mistakes, tolerance)
 
 
 def number(value):

@@ -1,5 +1,5 @@
-"""What the exercises about averaged gradients share: a model with everything that a real one has, and how its
-gradients are judged.
+"""What the exercises about averaged gradients share: a model with all that a real one has, an answer's averaging of
+its gradients, and how what came out is judged.
 """
 
 import torch
@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from pardist_lib.ranks.report import plural
 
-from ..worlds import group_of
+from .cases import PAIRS as PAIRS
+from .cases import own_group
 from .judge import Wrong, only_calls, same
 from .watch import watched
 
@@ -21,10 +22,9 @@ class Sample(torch.nn.Module):
         generator = torch.Generator().manual_seed(seed)
         sizes = {"fc1": (6, 8), "fc2": (8, 8), "again": (8, 8), "frozen": (8, 8), "unused": (5, 3), "extra": (8, 8)}
         for name, (a, b) in sizes.items():
-            layer = torch.nn.Linear(a, b, dtype=dtype)
+            self.add_module(name, layer := torch.nn.Linear(a, b, dtype=dtype))
             for p in layer.parameters():
                 p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype) / a**0.5
-            self.add_module(name, layer)
         self.again.weight = self.fc2.weight
         self.frozen.requires_grad_(False)
 
@@ -43,33 +43,38 @@ def loss_of(model, rows, **how):
     return model(rows, **how).square().mean()
 
 
+def gradients(model):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
 def average(answer, seed, dtype, same_weights=True, in_pairs=False, extra_on=range(4), zero_on=()):
-    """On a rank: a model with this rank's gradients, averaged by the answer. extra_on: the ranks that use the layer
-    `extra`. zero_on: the ranks whose gradients are all zero (and not None)."""
+    """On a rank: a model with this rank's gradients, averaged by the answer.
+
+    extra_on: the ranks that use the layer `extra`. zero_on: those whose gradients are all zero (and not None).
+    """
     rank = dist.get_rank()
     model = Sample(seed if same_weights else seed + rank, dtype)
     loss = loss_of(model, rows_of_rank(seed, rank, dtype), with_extra=rank in extra_on)
     (loss * (rank not in zero_on)).backward()
-    before, weights = gradients(model), {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainable = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
-    groups = [group_of([0, 2]), group_of([1, 3])] if in_pairs else []
+    named = dict(model.named_parameters())
+    before, weights = gradients(model), {name: p.detach().clone() for name, p in named.items()}
+    trainable = {name: p.numel() * p.element_size() for name, p in named.items() if p.requires_grad}
     try:
-        seen = watched(answer, model, **({"group": groups[rank % 2]} if in_pairs else {}))
+        seen = watched(answer, model, **own_group(in_pairs))
     except (TypeError, AttributeError) as error:
-        if "NoneType" in str(error) and (empty := without_gradient(model, error.__traceback__)):
+        if "NoneType" in str(error) and (empty := _without_gradient(named, error.__traceback__)):
             error.args = (f"{error.args[0]} (the gradient of {empty} is None)",)
         raise
-    touched = [name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]
-    turned = [name for name, p in model.named_parameters() if p.requires_grad != (name in trainable)]
+    touched = [name for name, p in named.items() if not torch.equal(p, weights[name])]
+    turned = [name for name, p in named.items() if p.requires_grad != (name in trainable)]
     after = gradients(model)
-    seen.kept = {"before": before, "after": after, "touched": touched, "trainable": trainable, "turned": turned}
+    seen.kept = {"before": before, "after": after, "touched": touched, "turned": turned, "trainable": trainable}
     return seen
 
 
-def without_gradient(model, traceback):
+def _without_gradient(named, traceback):
     """The name of the parameter that code which failed was looking at, where that one has no gradient; else ""."""
-    names = {id(p): name for name, p in model.named_parameters() if p.grad is None}
-    found = ""
+    names, found = {id(p): name for name, p in named.items() if p.grad is None}, ""
     while traceback is not None:
         for value in traceback.tb_frame.f_locals.values():
             found = names.get(id(value), found)
@@ -77,9 +82,7 @@ def without_gradient(model, traceback):
     return found
 
 
-def gradients(model):
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-
+# ---- judging --------------------------------------------------------------------------------------------------
 
 OTHER_CALLS = {
     "broadcast": "it broadcasts one rank's gradients: the others' share is lost, an average needs all_reduce",
@@ -91,37 +94,45 @@ OTHER_CALLS = {
 
 
 def judge_average(seen, groups, about, flags=False):
-    """Raise Wrong unless each group's ranks have the mean of their gradients, with the traffic that it needs."""
+    """Raise Wrong unless each group's ranks have the mean of their gradients, with the traffic that it needs.
+
+    seen[r].kept: as `average` keeps it. flags: zeros for unused parameters and a number for each may travel, too.
+    """
     for members in groups:
-        mine = [seen[r] for r in members]
+        mine, means = [seen[r] for r in members], {}
         only_calls(mine, ("all_reduce",), OTHER_CALLS)
-        for rank, one in zip(members, mine, strict=True):
-            if one.kept["touched"]:
-                before, after = one.kept["before"], one.kept["after"]
-                idle = all(nearly_equal(before[name], after[name]) for name in before)
-                why = "average p.grad, not p" if idle else "only the gradients are to change, steps are the optimizer's"
-                name = one.kept["touched"][0]
-                raise Wrong(f"the weights have changed ({name} is the first): {why}", f"rank {rank}, {about}")
-            if one.kept["turned"]:
-                name = one.kept["turned"][0]
-                why = f"it changed requires_grad ({name} is the first): only the gradients are to change"
-                raise Wrong(why, f"rank {rank}, {about}")
-        means = {}
+        _only_gradients_changed(members, mine, about)
         for name in mine[0].kept["before"]:
-            own = [one.kept["before"][name] for one in mine]
-            if any(g is not None for g in own):
-                filled = [torch.zeros_like(next(g for g in own if g is not None)) if g is None else g for g in own]
-                means[name] = torch.stack(filled).mean(0), own, filled
-        everyone = {name: [one.kept["before"][name] for one in seen] for name in means}
-        judge_groups(members, mine, about, strict=False)
-        judge_values(members, mine, means, everyone, about)
-        judge_groups(members, mine, about, strict=True)
+            own, after = ([one.kept[when][name] for one in mine] for when in ("before", "after"))
+            if (some := next((g for g in own if g is not None), None)) is not None:
+                filled = [torch.zeros_like(some) if g is None else g for g in own]
+                means[name] = torch.stack(filled).mean(0), own, filled, after
+        _only_in_group(members, mine, about, strict=False)
+        _nothing_left_out(members, mine, means, about)
+        for name in means:
+            _is_mean(name, means, members, seen, about)
+        _only_in_group(members, mine, about, strict=True)
         judge_traffic(members, mine, means, about, flags)
 
 
-def judge_groups(members, mine, about, strict):
-    """Raise Wrong where an all_reduce goes over other ranks than those of the group. strict: also where all of them
-    do; before the values were looked at, those tell it better."""
+def _only_gradients_changed(members, mine, about):
+    for rank, kept in zip(members, (one.kept for one in mine), strict=True):
+        if kept["touched"]:
+            idle = all(map(_alike, kept["before"].values(), kept["after"].values()))
+            why = "average p.grad, not p" if idle else "only the gradients are to change, steps are the optimizer's"
+            raise Wrong(f"the weights have changed ({kept['touched'][0]} is the first): {why}", f"rank {rank}, {about}")
+        if kept["turned"]:
+            why = f"it changed requires_grad ({kept['turned'][0]} is the first): only the gradients are to change"
+            raise Wrong(why, f"rank {rank}, {about}")
+
+
+def _alike(a, b):
+    return a is b or a is not None and b is not None and torch.equal(a, b)
+
+
+def _only_in_group(members, mine, about, strict):
+    """Raise Wrong where an all_reduce goes over other ranks than the group's. Not strict: where only some of them do;
+    where all do, the values, which are looked at in between, say it better."""
     for rank, one in zip(members, mine, strict=True):
         strange = [call for call in one.calls if call.group and set(call.group) != set(members)]
         if strange and (strict or len(strange) < len(one.calls)):
@@ -130,124 +141,88 @@ def judge_groups(members, mine, about, strict):
             raise Wrong(f"{what}: `group` is missing from that all_reduce", f"rank {rank}, {about}")
 
 
-def judge_values(members, mine, means, everyone, about):
-    n = len(members)
-    for name in mine[0].kept["before"]:
-        made = [r for r, one in zip(members, mine, strict=True) if one.kept["after"][name] is not None]
-        if name not in means and made:
-            why = "it is frozen" if name.startswith("frozen") else "no rank used it"
-            raise Wrong(
-                f"{name} had no gradient on any rank ({why}) and now has one: "
-                "weight decay and momentum would then change it",
-                f"{plural(made)}, {about}",
+def _nothing_left_out(members, mine, means, about):
+    """Raise Wrong where a parameter that nobody used has a gradient, or where only some of the others are averaged."""
+    for name in [name for name in mine[0].kept["after"] if name not in means]:
+        if made := [rank for rank, one in zip(members, mine, strict=True) if one.kept["after"][name] is not None]:
+            why = (
+                f"{name} had no gradient on any rank ({'it is frozen' if 'frozen' in name else 'no rank used it'}) and "
             )
-    stale = [
-        name
-        for name, (mean, own, _) in means.items()
-        if all(nearly_equal(one.kept["after"][name], o) for one, o in zip(mine, own, strict=True))
-    ]
-    talked = any(call.op == "all_reduce" for call in mine[0].calls)
-    partly = [name for name, (_, own, _) in means.items() if any(g is None for g in own)]
-    if stale and partly == stale and len(stale) < len(means):
-        raise Wrong(
-            f"averaged only where every rank used it: {stale[0]} was used on some, and that is enough (flags are "
-            "added up, or their MAX taken, not their MIN)",
-            f"{plural(members)}, {about}",
-        )
+            raise Wrong(f"{why}now has one: weight decay and momentum would then change it", f"{plural(made)}, {about}")
+    stale = [name for name, (_, own, _, after) in means.items() if all(map(_alike, after, own))]
     if stale and len(stale) < len(means):
         done = [name for name in means if name not in stale]
-        raise Wrong(
-            f"only {', '.join(done[:2])}{' …' * (len(done) > 2)} is averaged, {stale[0]} still holds each rank's own "
-            "gradient: every parameter needs its call",
-            f"{plural(members)}, {about}",
-        )
-    flat = torch.cat([mean.flatten() for mean, *_ in means.values()])
-    divided = mine[0].ops & {"div", "mul", "true_divide"}  # not in place
-    for name, (mean, own, filled) in means.items():
-        total = mean * n
-        after = [one.kept["after"][name] for one in mine]
-        users = sum(g is not None for g in own)
+        why = f"only {', '.join(done[:2])}{' …' * (len(done) > 2)} is averaged, {stale[0]} still holds each rank's own "
+        why += "gradient: every parameter needs its call"
+        if stale == [name for name, (_, own, *_) in means.items() if any(g is None for g in own)]:
+            why = f"averaged only where every rank used it: {stale[0]} was used on some, and that is enough (flags are "
+            why += "added up, or their MAX taken, not their MIN)"
+        raise Wrong(why, f"{plural(members)}, {about}")
+
+
+def _is_mean(name, means, members, seen, about):
+    n, (mean, own, filled, after) = len(members), means[name]
+    total, stacked, ops = mean * n, torch.stack(filled), seen[members[0]].ops
+    lost = [i for i in range(n) if after[i] is None]
+    cleared = [i for i in lost if own[i] is not None]
+    for empty, why in (
+        ([i for i in cleared if own[i].any()], f"p.grad of {name} is None afterwards: was it cleared (zero_grad)?"),
+        (cleared, f"no gradient is left for {name}: it was zero, which is not the same as None"),
+        (lost, f"no gradient for {name}, which another rank used: p.grad has to be set here too"),
+    ):
+        if empty:
+            raise Wrong(why, f"{plural([members[i] for i in empty])}, {about}")
+    mistakes, everyone = [], [one.kept["before"][name] for one in seen]
+    if n < len(seen) and all(g is not None for g in everyone):
+        whole = torch.stack(everyone)
         mistakes = [
-            (f"the sum was divided by {n} into a new tensor that does not reach p.grad: divide in place, g /= n"
-             if divided else
-             f"the sum was not divided by {n}, the number of ranks: every element is {n} times too large", total),
-            (
-                "an average was made but never reached p.grad: it went into a copy"
-                if talked
-                else "nothing was exchanged: each rank still holds its own gradient",
-                own,
-            ),
-            ("every rank holds rank 0's gradient: the others' share is lost", filled[0]),
-            ("it takes the MAX over the ranks, not the mean", torch.stack(filled).amax(0)),
-            ("it takes the MIN over the ranks, not the mean", torch.stack(filled).amin(0)),
-            ("it takes the product over the ranks, not the mean", torch.stack(filled).prod(0)),
-            (f"divided twice by {n}: before and after the sum?", mean / n),
-            (f"{name} holds the beginning of the flat tensor: its own part lies further on",
-             flat[: mean.numel()].view_as(mean)),
-        ]  # fmt: skip
-        if n < len(everyone[name]) and None not in everyone[name]:
-            overall = torch.stack(everyone[name])
-            mistakes[:0] = [
-                ("the group argument is ignored: this is the mean over all ranks", overall.mean(0)),
-                ("the group argument is ignored in all_reduce: this is the sum over all ranks", overall.sum(0) / n),
-                (f"divided by the number of all ranks, {len(overall)}, where the group has {n}", total / len(overall)),
-            ]
-        if users < n:
-            mistakes.append((
-                f"divided by the number of ranks that used it, {users}, not by {n}: a rank without a gradient counts "
-                "as zeros", total / users,
-            ))  # fmt: skip
-        for empty, why in (
-            ([r for r, a, o in zip(members, after, own, strict=True) if a is None and o is not None and o.any()],
-             f"p.grad of {name} is None afterwards: was it cleared (zero_grad)?"),
-            ([r for r, a, o in zip(members, after, own, strict=True) if a is None and o is not None],
-             f"no gradient is left for {name}: it was zero, which is not the same as None"),
-            ([r for r, a in zip(members, after, strict=True) if a is None],
-             f"no gradient for {name}, which another rank used: p.grad has to be set here too"),
-        ):  # fmt: skip
-            if empty:
-                raise Wrong(why, f"{plural(empty)}, {about}")
-        if (k := divisor(after, total)) not in (None, 1, n, n * n):
-            mistakes.append((f"the sum was divided by {k}, not by the number of ranks, {n}", total / k))
-        mistakes = [(why, would if isinstance(would, list) else [would] * n) for why, would in mistakes]
-        same(after, [mean] * n, f"the gradient of {name}", about, mistakes, own, members)
-
-
-def nearly_equal(a, b):
-    return a is None and b is None or a is not None and b is not None and torch.equal(a, b)
-
-
-def divisor(after, total):
-    """k where what the ranks hold is their sum divided by a whole number k, else None."""
-    wrong = next((g for g in after if g is not None and g.shape == total.shape and not torch.equal(g, total)), None)
-    if wrong is None or not wrong.abs().sum():
-        return None
-    k = (total.abs().sum() / wrong.abs().sum()).item()
-    return round(k) if abs(k - round(k)) < 1e-3 else None
+            ("the group argument is ignored: this is the mean over all ranks", whole.mean(0)),
+            ("the group argument is ignored in all_reduce: this is the sum over all ranks", whole.sum(0) / n),
+            (f"divided by the number of all ranks, {len(seen)}, where the group has {n}", total / len(seen)),
+        ]
+    undivided = f"was not divided by {n}, the number of ranks: every element is {n} times too large"
+    if ops & {"div", "mul", "true_divide"}:  # not in place
+        undivided = f"was divided by {n} into a new tensor that does not reach p.grad: divide in place, g /= n"
+    idle = "nothing was exchanged: each rank still holds its own gradient"
+    if any(call.op == "all_reduce" for call in seen[members[0]].calls):
+        idle = "an average was made but never reached p.grad: it went into a copy"
+    flat = torch.cat([mean.flatten() for mean, *_ in means.values()])
+    flat = flat[: mean.numel()].view_as(mean)
+    mistakes += [
+        (f"the sum {undivided}", total),
+        (idle, own),
+        ("every rank holds rank 0's gradient: the others' share is lost", filled[0]),
+        ("it takes the MAX over the ranks, not the mean", stacked.amax(0)),
+        ("it takes the MIN over the ranks, not the mean", stacked.amin(0)),
+        ("it takes the product over the ranks, not the mean", stacked.prod(0)),
+        (f"divided twice by {n}: before and after the sum?", mean / n),
+        (f"{name} holds the beginning of the flat tensor: its own part lies further on", flat),
+    ]
+    if (users := sum(g is not None for g in own)) < n:
+        why = f"divided by the number of ranks that used it, {users}, not by {n}: a rank without a gradient counts as "
+        mistakes.append((f"{why}zeros", total / users))
+    mistakes += [(f"the sum was divided by {k}, not by the number of ranks, {n}", total / k) for k in range(2, 100)]
+    same(after, mean, f"the gradient of {name}", about, mistakes, own, members)
 
 
 def judge_traffic(members, mine, means, about, flags):
+    """Raise Wrong unless each rank's all_reduces carry the bytes of all gradients once. means: {name: (mean, …)}."""
     size = sum(mean.numel() * mean.element_size() for mean, *_ in means.values())
     trainable = mine[0].kept["trainable"]
-    # zeros may travel for what nobody used, and a flag for each parameter
     extra = sum(trainable.values()) - size + 8 * len(trainable) if flags else 0
     for rank, one in zip(members, mine, strict=True):
-        made, where = sum(call.bytes for call in one.calls), f"rank {rank}, {about}"
-        expected = f"{size:,} bytes" + (f" and up to {extra} more" if extra else "")
-        if not size <= made <= size + extra:
-            why = f"the result is right, but {made:,} bytes are all-reduced for {size:,} bytes of gradients"
-            if made < size:
-                why = f"the result is right, but only {made:,} of {size:,} bytes of gradients are all-reduced"
-                raise Wrong(f"{why}: zero gradients were skipped, zero is not None", where, expected, f"{made:,} bytes")
+        made = sum(call.bytes for call in one.calls)
+        shown = f"{size:,} bytes" + (f" and up to {extra} more" if extra else ""), f"{made:,} bytes"
+        why = f"the result is right, but {made:,} bytes are all-reduced for {size:,} bytes of gradients"
+        if made < size:
+            why = f"the result is right, but only {made:,} of {size:,} bytes of gradients are all-reduced"
+            why += ": zero gradients were skipped, zero is not None"
+        elif made > size + extra:
             twice = made - size == trainable["fc2.weight"]
-            more = "a weight that two layers share comes up twice in modules()" if twice else "each once is enough"
-            raise Wrong(f"{why}: {more}", where, expected, f"{made:,} bytes")
-        if len(one.calls) > len(trainable) + flags:
+            why += ": a weight that two layers share comes up twice in modules()" if twice else ": each once is enough"
+        elif len(one.calls) > len(trainable) + flags:
             why = f"the result is right, but it takes {len(one.calls)} calls for {len(means)} gradients"
-            raise Wrong(f"{why}, and each call waits for every rank: one for each gradient is enough", where)
-
-
-EVERYWHERE = range(4)
-
-
-ALL, PAIRS = [[0, 1, 2, 3]], [[0, 2], [1, 3]]
+            why, shown = f"{why}, and each call waits for every rank: one for each gradient is enough", ()
+        else:
+            continue
+        raise Wrong(why, f"rank {rank}, {about}", *shown)

@@ -46,7 +46,8 @@ def same(got, expected, what, about="", mistakes=(), before=None, labels=None, t
     labels    the ranks' numbers, or instead of `what` a name for each case; None for ranks 0, 1, 2, …
     expected  a tensor that all of them have to be, or a list with one for each
     what      its name in a sentence: "the gradient of fc1.weight"
-    mistakes  (diagnosis, what it would give: as `expected`, None where that is not known) in order
+    mistakes  (diagnosis, what it would give) in order: as `expected`, with None where that is not known; or a
+              torch.Size, a type: any tensor of that shape, any value of that type
     before    what was there before the call, a list like `expected`
     """
     expected = _for_each(expected, len(got))
@@ -60,16 +61,28 @@ def same(got, expected, what, about="", mistakes=(), before=None, labels=None, t
     else:
         who = plural([labels[i] for i in bad])
     where = ", ".join(filter(None, [who, what, about]))
-    if trouble := _other_kind(got[first], expected[first], what):
-        raise Wrong(trouble, where, _kind(expected[first]), _kind(got[first]))
-    at = _first_difference(got[first], expected[first], tolerance)
-    shown = show(expected[first], at), show(got[first], at)
-    where += f", from element {at}" if at else ""
+    trouble = _other_kind(got[first], expected[first], what)
+    if trouble:
+        shown = _kind(expected[first]), _kind(got[first])
+    else:
+        at = _first_difference(got[first], expected[first], tolerance)
+        shown = show(expected[first], at), show(got[first], at)
+        where += f", from element {at}" if at else ""
     for diagnosis, would in mistakes:
-        would = _for_each(would, len(got))
-        if all(would[i] is not None and equal(got[i], would[i], tolerance) for i in bad):
+        if all(_gives(would, got[i], i, tolerance) for i in bad):
             raise Wrong(diagnosis, where, *shown)
-    raise Wrong(_pattern(got[first], expected[first], before and before[first], what, tolerance), where, *shown)
+    trouble = trouble or _pattern(got[first], expected[first], before and before[first], what, tolerance)
+    raise Wrong(trouble, where, *shown)
+
+
+def _gives(would, got, i, tolerance):
+    """Whether it is what a mistake would give on rank i."""
+    if isinstance(would, torch.Size):
+        return isinstance(got, torch.Tensor) and got.shape == would
+    if isinstance(would, type):
+        return isinstance(got, would)
+    would = would[i] if isinstance(would, (list, tuple)) else would
+    return would is not None and equal(got, would, tolerance)
 
 
 def _for_each(value, count):

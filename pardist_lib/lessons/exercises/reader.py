@@ -115,7 +115,7 @@ def hint(name):
     """The next hint for an exercise, with those before it."""
     if unknown := _unknown(name):
         return Words(unknown)
-    hints = _exercise(name).hints
+    hints = exercise_of(name).hints
     shown = _shown[name] = min(_shown.get(name, 0) + 1, len(hints))
     lines = [f"Hint {i + 1} of {len(hints)}: {text}" for i, text in enumerate(hints[:shown])]
     more = "The next hint: run this again." if shown < len(hints) else f"That was all; solution({name!r}) has the code."
@@ -126,7 +126,7 @@ def solution(name):
     """One solution of an exercise, as readable code."""
     if unknown := _unknown(name):
         return Words(unknown)
-    return Words(f"One way to write {name}:", inspect.getsource(_reference(name)).rstrip())
+    return Words(f"One way to write {name}:", inspect.getsource(reference(name)).rstrip())
 
 
 def progress():
@@ -151,7 +151,7 @@ def exercises():
 
 def blank(name):
     """The text of an exercise's blank: signature, docstring, raise NotImplementedError."""
-    source = inspect.getsource(_reference(name))
+    source = inspect.getsource(reference(name))
     body = ast.parse(source).body[0].body
     return "\n".join(source.splitlines()[: body[0].end_lineno]) + "\n    raise NotImplementedError\n"
 
@@ -160,11 +160,11 @@ def _module(name):
     return importlib.import_module(f"{lessons.__name__}.{name}")
 
 
-def _exercise(name):
+def exercise_of(name):
     return _module(f"lesson{exercises()[name]}.{name}").exercise
 
 
-def _reference(name):
+def reference(name):
     return getattr(_module(f"lesson{exercises()[name]}.solutions"), name)
 
 
@@ -211,7 +211,7 @@ def _not_an_answer(name, answer):
     if inspect.isgeneratorfunction(answer) or inspect.iscoroutinefunction(answer):
         why = "calling it runs nothing: a function with yield, or async def, only makes an object"
         return Verdict(name, "failed", why)
-    asked = inspect.signature(_reference(name))
+    asked = inspect.signature(reference(name))
     try:
         given = inspect.signature(answer)
     except (TypeError, ValueError):
@@ -229,7 +229,7 @@ def _judged(name, answer):
     bench = None
     try:
         bench = Bench(answer)
-        _exercise(name).check(bench)
+        exercise_of(name).check(bench)
         return Verdict(name, "passed")
     except Blocked as error:
         return Verdict(name, "blocked", str(error))

@@ -1,19 +1,10 @@
-"""The exercise average_gradients."""
+"""average_gradients: each gradient's mean over the ranks of a group. Typically wrong: a sum, or a mean in a copy."""
 
 import torch
 
+from ..exercises.cases import F32, F64, groups_of
 from ..exercises.exercise import Exercise
-from ..exercises.gradients import (
-    ALL,
-    EVERYWHERE,
-    PAIRS,
-    Sample,
-    average,
-    gradients,
-    judge_average,
-    loss_of,
-    rows_of_rank,
-)
+from ..exercises.gradients import Sample, average, gradients, judge_average, loss_of, rows_of_rank
 from ..exercises.judge import same
 
 hints = (
@@ -26,28 +17,24 @@ hints = (
 
 
 def check(run):
-    for dtype, same_weights in ((torch.float64, False), (torch.float32, True)):
-        seen = run(average, 1, dtype, same_weights)
-        judge_average(seen, ALL, "4 ranks")
-    _judge_whole_batch(run)
-    seen = run(average, 3, torch.float64, True, True)
-    judge_average(seen, PAIRS, "two groups of 2 ranks")
-    seen = run(average, 4, torch.float64, n=3, about="3 ranks")
-    judge_average(seen, [[0, 1, 2]], "3 ranks")
+    for same_weights, dtype in ((False, F64), (True, F32)):
+        judge_average(run(average, 1, dtype, same_weights), groups_of(False), "4 ranks")
+    _equals_whole_batch(run)
+    judge_average(run(average, 3, F64, True, True), groups_of(True), "two groups of 2 ranks")
+    judge_average(run(average, 4, F64, n=3, about="3 ranks"), groups_of(False, 3), "3 ranks")
     about = "4 ranks, all gradients of rank 1 zero"
     stuck = "rank 1 does not make the calls that the others make: its gradients are zero here, not None, and count"
-    seen = run(average, 7, torch.float64, True, False, EVERYWHERE, [1], about=about, stuck=stuck)
-    judge_average(seen, ALL, about)
+    seen = run(average, 7, F64, True, False, range(4), [1], about=about, stuck=stuck)
+    judge_average(seen, groups_of(False), about)
 
 
-def _judge_whole_batch(run):
+def _equals_whole_batch(run):
     """Equal weights and shards of equal size: the mean is the gradient of all rows in one process."""
-    seen = run(average, 2, torch.float64)
-    alone = Sample(2, torch.float64)
-    loss_of(alone, torch.cat([rows_of_rank(2, rank, torch.float64) for rank in range(4)])).backward()
+    seen, alone = run(average, 2, F64), Sample(2, F64)
+    loss_of(alone, torch.cat([rows_of_rank(2, rank, F64) for rank in range(4)])).backward()
     for name, expected in gradients(alone).items():
         if expected is not None:
-            same([one.kept["after"][name] for one in seen], [expected] * 4, f"the gradient of {name}", "4 ranks")
+            same([one.kept["after"][name] for one in seen], expected, f"the gradient of {name}", "4 ranks")
 
 
 exercise = Exercise(hints, check)

@@ -1,11 +1,10 @@
-"""The exercise average_used_gradients."""
-
-import torch
+"""average_used_gradients: the same where a rank may use a part only. Typically wrong: ranks that make other calls."""
 
 from pardist_lib.ranks.report import plural
 
+from ..exercises.cases import F64, groups_of
 from ..exercises.exercise import Exercise
-from ..exercises.gradients import ALL, EVERYWHERE, PAIRS, average, judge_average
+from ..exercises.gradients import average, judge_average
 
 hints = (
     "A rank that skips an all_reduce leaves the others waiting. So before the first one, all ranks have to know "
@@ -18,23 +17,21 @@ hints = (
 
 
 def check(run):
-    stuck = (
-        "the ranks do not make the same calls: where p.grad is None one of them skips the all_reduce that the "
-        "others make; let them agree first on what was used"
-    )
-    for extra_on in ([1, 2], EVERYWHERE, [0], []):
-        about = f"4 ranks, `extra` used on {plural(list(extra_on)) if extra_on else 'none'}"
-        seen = run(average, 5, torch.float64, True, False, extra_on, about=about, stuck=stuck)
-        judge_average(seen, ALL, about, flags=True)
-    about = "two groups of 2 ranks, `extra` used on ranks 0, 1"
-    seen = run(average, 6, torch.float64, True, True, [0, 1], about=about, stuck=stuck)
-    judge_average(seen, PAIRS, about, flags=True)
-    about = "two groups of 2 ranks, `extra` used in one of them: ranks 1, 3"
-    seen = run(average, 9, torch.float64, True, True, [1, 3], about=about, stuck=stuck)
-    judge_average(seen, PAIRS, about, flags=True)
-    about = "4 ranks, all gradients zero (and not None)"
-    seen = run(average, 8, torch.float64, True, False, EVERYWHERE, EVERYWHERE, about=about, stuck=stuck)
-    judge_average(seen, ALL, about, flags=True)
+    stuck = "the ranks do not make the same calls: where p.grad is None one of them skips the all_reduce that the "
+    stuck += "others make; let them agree first on what was used"
+    everywhere, pairs = range(4), "two groups of 2 ranks, `extra` used "
+    cases = [
+        (f"4 ranks, `extra` used on {plural(on) if on else 'none'}", 5, False, on, [])
+        for on in ([1, 2], everywhere, [0], [])
+    ]
+    cases += [
+        (pairs + "on ranks 0, 1", 6, True, [0, 1], []),
+        (pairs + "in one of them: ranks 1, 3", 9, True, [1, 3], []),
+        ("4 ranks, all gradients zero (and not None)", 8, False, everywhere, everywhere),
+    ]
+    for about, seed, in_pairs, extra_on, zero_on in cases:
+        seen = run(average, seed, F64, True, in_pairs, extra_on, zero_on, about=about, stuck=stuck)
+        judge_average(seen, groups_of(in_pairs), about, flags=True)
 
 
 exercise = Exercise(hints, check)

@@ -1,12 +1,13 @@
-"""The exercise my_all_gather."""
+"""my_all_gather: every rank's tensor on every rank. Typically wrong: the order of rows, or all through one rank."""
 
 import torch
 
 from pardist_lib.ranks.report import plural
 
-from ..exercises.cases import call_with_tensor, every_case, unchanged, values
+from ..exercises.cases import unchanged
 from ..exercises.exercise import Exercise
-from ..exercises.judge import Wrong, by_hand, equal, own_dtype, same, sent
+from ..exercises.judge import Wrong, equal, own_dtype, same, sent
+from .shared import on_every_tensor
 
 hints = (
     "Make the result first: tensor.new_empty(n, *tensor.shape), and put the rank's own tensor into row rank.",
@@ -18,67 +19,54 @@ hints = (
 
 
 def check(run):
-    def one(n, shape, dtype, seed, about):
-        seen = run(call_with_tensor, shape, dtype, seed, n=n, about=about)
-        by_hand(seen)
-        _judge_gather(seen, [values(shape, dtype, rank, seed) for rank in range(n)], about)
-
-    every_case(one)
+    on_every_tensor(run, _judge)
 
 
-def _tensor(value):
-    return isinstance(value, torch.Tensor) and value.dim() > 0
-
-
-def _judge_gather(seen, before, about):
-    n, size = len(seen), before[0].nbytes
+def _judge(seen, before, about):
+    n, rows, got = len(seen), torch.stack(before), [one.result for one in seen]
     unchanged(seen, before, about)
-    rows = torch.stack(before)
-    shifted = [torch.stack([before[(rank + i) % n] for i in range(n)]) for rank in range(n)]
-    backward = [torch.stack([before[(rank - i) % n] for i in range(n)]) for rank in range(n)]
-    hand_over = "row r must be rank r's on every rank, here the rows are in order of arrival"
-    mistakes = [
-        (hand_over, shifted),
-        (hand_over, backward),
-        (hand_over, [torch.stack([before[r], *before[:r], *before[r + 1 :]]) for r in range(n)]),
-        ("the rows are in reverse order: row r must be rank r's", [rows.flip(0)] * n),
-        ("every row is the rank's own tensor", [torch.stack([b] * n) for b in before]),
-        ("every row is the left neighbour's tensor: what was received has to be passed on, not the own tensor again",
-         [torch.stack([before[r] if i == r else before[r - 1] for i in range(n)]) for r in range(n)]),
-        ("the tensors are added up: gathering keeps each one", [rows.sum(0).expand_as(rows)] * n),
-    ]  # fmt: skip
-    got = [one.result for one in seen]
-    for rank, result in enumerate(got):
-        if isinstance(result, (list, tuple)):
-            why = f"it returns a {type(result).__name__}: torch.stack makes one tensor of it"
-            raise Wrong(why, f"rank {rank}, {about}")
-        if isinstance(result, torch.Tensor) and result.shape != rows.shape:
-            if torch.equal(result.flatten(), rows.flatten()):
-                why = f"the values are right, but the shape is {tuple(result.shape)}"
-                raise Wrong(f"{why}, where {tuple(rows.shape)} is asked for", f"rank {rank}, {about}")
-    late = [[i for i in range(n) if g.shape == rows.shape and not equal(g[i], rows[i])] for g in got if _tensor(g)]
+    tensors = [g for g in got if isinstance(g, torch.Tensor) and g.dim() > 0]
+    late = [[i for i in range(n) if g.shape == rows.shape and not equal(g[i], rows[i])] for g in tensors]
     if late == [[rank] for rank in range(n)]:
-        raise Wrong(
-            "a rank's own row is not filled: nobody sends it, the rank has to put it there", f"every rank, {about}"
-        )
-    if late == [[(rank + 1) % n] for rank in range(n)] or late == [[(rank - 1) % n] for rank in range(n)]:
+        why = "a rank's own row is not filled: nobody sends it, the rank has to put it there"
+        raise Wrong(why, f"every rank, {about}")
+    if late in ([[(rank + i) % n] for rank in range(n)] for i in (1, -1)):
         raise Wrong("one row is not filled on any rank: n - 1 steps are needed", f"every rank, {about}")
-    same(got, [rows] * n, "the result", about, mistakes)
-    made, fair = sent(seen), (n - 1) * size
+    arrival = "row r must be rank r's on every rank, here the rows are in order of arrival"
+    neighbour = (
+        "every row is the left neighbour's tensor: what was received has to be passed on, not the own tensor again"
+    )
+
+    def stacked(of):
+        return [torch.stack([before[of(rank, i) % n] for i in range(n)]) for rank in range(n)]
+
+    of_shape = f"the values are right, but the shape is {{}}, where {tuple(rows.shape)} is asked for"
+    mistakes = [
+        *((f"it returns a {kind.__name__}: torch.stack makes one tensor of it", kind) for kind in (list, tuple)),
+        *((of_shape.format(tuple(t.shape)), rows.view(t.shape)) for t in tensors if t.numel() == rows.numel()),
+        (arrival, stacked(lambda rank, i: rank + i)),
+        (arrival, stacked(lambda rank, i: rank - i)),
+        (arrival, stacked(lambda rank, i: rank if i == 0 else i - (i <= rank))),
+        ("the rows are in reverse order: row r must be rank r's", rows.flip(0)),
+        ("every row is the rank's own tensor", stacked(lambda rank, i: rank)),
+        (neighbour, stacked(lambda rank, i: rank - (i != rank))),
+        ("the tensors are added up: gathering keeps each one", rows.sum(0).expand_as(rows)),
+    ]
+    same(got, rows, "the result", about, mistakes)
+    _judge_traffic(sent(seen), before[0].nbytes, seen, before, about)
+
+
+def _judge_traffic(made, size, seen, before, about):
+    n = len(made)
+    fair = (n - 1) * size
     if made != [fair] * n:
         own_dtype(seen, before[0].dtype, about)
-        rank = max(range(n), key=lambda r: made[r])
-        many = plural([r for r in range(n) if made[r] == made[rank]])
+        many = plural([r for r in range(n) if made[r] == max(made)])
+        why = f"{max(made):,} bytes leave {many}: n - 1 tensors of {size} bytes are enough"
         if max(made) > sum(made) / n * 1.5:
-            why = f"everything passes through {many}: it sends {made[rank]:,} bytes, where n - 1 tensors are {fair:,}"
-        else:
-            why = f"{made[rank]:,} bytes leave {many}: n - 1 tensors of {size} bytes are enough"
-        raise Wrong(
-            f"the rows are right, but {why}",
-            about,
-            f"{fair:,} bytes from each rank",
-            ", ".join(f"{b:,}" for b in made) + " bytes",
-        )
+            why = f"everything passes through {many}: it sends {max(made):,} bytes, where n - 1 tensors are {fair:,}"
+        got = ", ".join(f"{b:,}" for b in made) + " bytes"
+        raise Wrong(f"the rows are right, but {why}", about, f"{fair:,} bytes from each rank", got)
 
 
 exercise = Exercise(hints, check)

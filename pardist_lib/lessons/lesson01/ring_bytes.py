@@ -1,6 +1,6 @@
-"""The exercise ring_bytes."""
+"""ring_bytes: what one rank sends in a ring all-reduce. Typically wrong: one half of it, or what all ranks send."""
 
-from ..exercises.cases import numbers
+from ..exercises.cases import formula
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong
 from .shared import rounded
@@ -11,38 +11,34 @@ hints = (
 )
 
 
+def ring_bytes(size, n):
+    return 2 * (n - 1) * size / n
+
+
 def check(run):
     inputs = [(1000, 4), (64 << 20, 2), (1 << 20, 8), (4096, 1), (3000, 3), (3, 4), (1_000_003, 4), (7, 5)]
-    expected = [2 * (n - 1) * size / n for size, n in inputs]
-    labels = [f"ring_bytes({size}, {n})" for size, n in inputs]
+    of_four = "this counts elements of 4 bytes: size_in_bytes is in bytes already"
     mistakes = [
-        ("this is one half of it: n - 1 steps add the pieces up, n - 1 more bring them round",
-         lambda size, n: (n - 1) * size / n),
-        ("this is what all ranks send together: the question is what one of them sends",
-         lambda size, n: 2 * (n - 1) * size),
-        ("in each step a rank passes on one n-th of the tensor, not all of it", lambda size, n: (n - 1) * size),
-        ("2 · size_in_bytes is what it comes close to for many ranks: a rank makes n - 1 steps each time, not n",
-         lambda size, n: 2 * size),
+        ("this is one half of it: n - 1 steps add the pieces up, n - 1 bring them round", lambda s, n: (n - 1) * s / n),
+        ("this is what all ranks send together: what one of them sends is asked for", lambda s, n: 2 * (n - 1) * s),
+        ("in each step a rank passes on one n-th of the tensor, not all of it", lambda s, n: (n - 1) * s),
+        ("2 · size_in_bytes is what it comes close to with many ranks: each half has n - 1 steps", lambda s, n: 2 * s),
         ("integer division: 2 * (n - 1) // n is 1 for every n above 1, multiply by the size first",
-         lambda size, n: 2 * (n - 1) // n * size),
-        ("this counts elements of 4 bytes: size_in_bytes is in bytes already",
-         lambda size, n: 8 * (n - 1) * size / n),
-        ("this counts elements of 4 bytes: size_in_bytes is in bytes already",
-         lambda size, n: (n - 1) * size / n / 2),
-        ("this is (n + 1)/n where (n - 1)/n is right", lambda size, n: 2 * (n + 1) * size / n),
-        ("this is what a server's link carries, n tensors in and n out", lambda size, n: 2 * n * size),
-        ("the size is missing: this is only the factor 2(n - 1)/n", lambda size, n: 2 * (n - 1) / n),
-        ("in MB: bytes are asked for", lambda size, n: 2 * (n - 1) * size / n / 1e6),
-        ("divided by n - 1: there are n pieces", lambda size, n: 2 * size if n > 1 else 0),
-        *rounded(lambda size, n: 2 * (n - 1) * size / n),
-        ("size_in_bytes // n drops what is left over: divide with /",
-         lambda size, n: 2 * (n - 1) * (size // n)),
+         lambda s, n: 2 * (n - 1) // n * s),
+        (of_four, lambda s, n: 8 * (n - 1) * s / n),
+        (of_four, lambda s, n: (n - 1) * s / n / 2),
+        ("this is (n + 1)/n where (n - 1)/n is right", lambda s, n: 2 * (n + 1) * s / n),
+        ("this is what a server's link carries, n tensors in and n out", lambda s, n: 2 * n * s),
+        ("the size is missing: this is only the factor 2(n - 1)/n", lambda s, n: 2 * (n - 1) / n),
+        ("in MB: bytes are asked for", lambda s, n: ring_bytes(s, n) / 1e6),
+        ("divided by n - 1: there are n pieces", lambda s, n: 2 * s if n > 1 else 0),
+        *rounded(ring_bytes),
+        ("size_in_bytes // n drops what is left over: divide with /", lambda s, n: 2 * (n - 1) * (s // n)),
     ]  # fmt: skip
     try:
-        numbers(run, inputs, expected, labels, mistakes, tolerance=(1e-7, 0))
+        formula(run, ring_bytes, inputs, mistakes, tolerance=(1e-7, 0))
     except Wrong as wrong:
-        if wrong.diagnosis.endswith("where 0 is right"):
-            wrong.diagnosis += ": one rank sends nothing"
+        wrong.diagnosis += ": one rank sends nothing" * wrong.diagnosis.endswith("where 0 is right")
         raise
 
 

@@ -1,12 +1,16 @@
-"""What several exercises of this lesson share."""
+"""What several exercises of this lesson share: A = B × C in several sizes, and how an answer is given its parts."""
 
-import torch
 import torch.distributed as dist
 
-from ..exercises.cases import values
-from ..exercises.judge import Wrong
-from ..exercises.watch import Seen, watched
+from ..exercises.cases import call, one_by_one, values
+from ..exercises.watch import Seen
 from ..worlds import world
+
+
+def call_parts(answer, names, parts, *args):
+    """On a rank: `call` the answer with this rank's own parts. (A world of one has to be made by all ranks.)"""
+    with world(len(parts)) as inside:
+        return call(answer, dict(zip(names, parts[dist.get_rank()], strict=True)), *args) if inside else Seen()
 
 
 def operands(shape, dtype, seed):
@@ -15,45 +19,19 @@ def operands(shape, dtype, seed):
     return values((m, k), dtype, 0, seed), values((k, w), dtype, 1, seed)
 
 
-def call_answer(answer, parts, *args):
-    """On a rank: give the answer its own parts, and keep what they are afterwards."""
-    mine = [part.clone() for part in parts[dist.get_rank()]]
-    seen = watched(answer, *mine, *args)
-    seen.kept = mine
-    return seen
-
-
-def call_in_world(answer, parts, *args):
-    """The same; parts for one rank only are given in a world of one, a group that all four ranks have to make."""
-    if len(parts) > 1:
-        return call_answer(answer, parts, *args)
-    with world(1) as inside:
-        return call_answer(answer, parts, *args) if inside else Seen()
-
-
-def inputs_kept(seen, parts, names, about):
-    for rank, one in enumerate(seen):
-        for name, before, after in zip(names, parts[rank], one.kept, strict=True):
-            if name and not torch.equal(before, after):
-                raise Wrong(f"`{name}` was changed: it has to stay as it is", f"rank {rank}, {about}")
-
-
-def cases(one, cases):
-    """Call `one(n, shape, dtype, seed, about)` for each case; a failure in a later one tells what is new in it."""
+def products(cases, one):
+    """Call `one(seed, n, shape, dtype, about)` for each case (n, (m, k, w), dtype); a failure tells what is new."""
     first_n, first_shape, first_dtype = cases[0]
-    known = set()
-    for seed, (n, shape, dtype) in enumerate(cases):
-        new = {
+
+    def news(n, shape, dtype):
+        return {
             f"it works with {first_n} ranks, but not with {n} (is a {first_n} written into it?)": n != first_n,
             f"it works for {str(first_dtype)[6:]}, but not for {str(dtype)[6:]}": dtype != first_dtype,
             f"it works for (m, k, w) = {first_shape}, but not for other sizes": shape != first_shape,
         }
-        kinds = {i: text for i, (text, holds) in enumerate(new.items()) if holds}
+
+    def with_its_name(seed, n, shape, dtype):
         m, k, w = shape
-        try:
-            one(n, shape, dtype, seed, f"B ({m}, {k}), C ({k}, {w}), {str(dtype)[6:]}, {n} ranks")
-        except Wrong as wrong:
-            if len(fresh := [text for i, text in kinds.items() if i not in known]) == 1:
-                wrong.diagnosis = f"{fresh[0]}: {wrong.diagnosis}"
-            raise
-        known |= kinds.keys()
+        one(seed, n, shape, dtype, f"B ({m}, {k}), C ({k}, {w}), {str(dtype)[6:]}, {n} ranks")
+
+    one_by_one(cases, news, with_its_name)

@@ -1,8 +1,8 @@
-"""The exercise split_bytes."""
+"""split_bytes: what each split sends. Typically wrong: n where √n counts, or the all-gather that ends them all."""
 
 from math import isqrt
 
-from ..exercises.cases import numbers
+from ..exercises.cases import formula
 from ..exercises.exercise import Exercise
 
 hints = (
@@ -14,63 +14,71 @@ hints = (
 )
 
 
+def _gathered(m, k, w, n, q):
+    """How many numbers a rank sends until A, of which each has its part, is whole everywhere."""
+    return (n - 1) / n * m * w
+
+
+def _blocks(m, k, w, n, q):
+    """… of this rank's blocks of B and of C."""
+    return (m * k + k * w) / n
+
+
+def _sent(rows=_gathered, columns=_gathered, inner=lambda *x: 2 * _gathered(*x), moved=None, gathered=_gathered):
+    """split_bytes, where something is changed. In the grid: moved, blocks of B and C; gathered, of A."""
+    moved = moved or (lambda *x: (x[-1] - 1) * _blocks(*x))
+
+    def split_bytes(split, m, k, w, n, item):
+        x = m, k, w, n, isqrt(n)
+        if split == "grid":
+            return item * (moved(*x) + gathered(*x))
+        return item * {"rows": rows, "columns": columns, "inner": inner}[split](*x)
+
+    return split_bytes
+
+
 def check(run):
     shapes = [(8, 16, 24, 4, 4), (100, 20, 40, 4, 8), (6, 12, 3, 1, 4), (90, 30, 60, 9, 2)]
     inputs = [(split, *shape) for shape in shapes for split in ("rows", "columns", "inner", "grid")]
     inputs += [(split, 12, 9, 6, 3, 4) for split in ("rows", "columns", "inner")]
+    right = _sent()
 
-    def right(split, m, k, w, n, item, gather=1.0, summed=2.0, panel=1.0):
-        a = (n - 1) / n * m * w * item
-        q = isqrt(n)
-        moved = (q - 1) * (m * k + k * w) / n * item
-        return {"inner": summed * a, "grid": panel * moved + gather * a}.get(split, a)
+    def whole(m, k, w, n, q):
+        return m * w
 
-    labels = [f"split_bytes({split!r}, {', '.join(map(str, rest))})" for split, *rest in inputs]
+    def own(m, k, w, n, q):
+        return m * w / n
+
     mistakes = [
         ("the inner split's summands are added by an all-reduce, which sends twice what an all-gather does",
-         lambda *x: right(*x, summed=1.0)),
-        ("\"grid\" ends with an all-gather of A, too", lambda *x: right(*x, gather=0.0)),
-        ("\"grid\" lacks the blocks of B and C that travel before A is gathered", lambda *x: right(*x, panel=0.0)),
+         _sent(inner=_gathered)),
+        ("\"grid\" ends with an all-gather of A, too", _sent(gathered=lambda *x: 0)),
+        ("\"grid\" lacks the blocks of B and C that travel before A is gathered", _sent(moved=lambda *x: 0)),
         ("a number's size is taken as 4 bytes: `item` tells", lambda *x: right(*x[:5], 4)),
         ("this counts numbers: a number has `item` bytes", lambda *x: right(*x[:5], 1)),
-        ("this is what all ranks send together: the question is what one of them sends",
-         lambda split, m, k, w, n, item: n * right(split, m, k, w, n, item)),
+        ("this is what all ranks send together: the question is what one of them sends", lambda *x: x[4] * right(*x)),
         ("a rank does not send all of A in an all-gather: (n - 1)/n of it",
-         lambda split, m, k, w, n, item: {"inner": 2 * m * w * item}.get(
-             split, m * w * item + (split == "grid") * (isqrt(n) - 1) * (m * k + k * w) / n * item)),
+         _sent(whole, whole, lambda *x: 2 * whole(*x), gathered=whole)),
         ("this is only this rank's own part of A, sent once: in a ring n - 1 parts pass through every rank",
-         lambda split, m, k, w, n, item: {"inner": 2 * (n - 1) / n * m * w * item}.get(split, m * w / n * item + (
-             split == "grid") * (isqrt(n) - 1) * (m * k + k * w) / n * item)),
+         _sent(own, own, gathered=own)),
         ("in the grid a rank's block goes to the q - 1 others in its row or column, q = √n, not to n - 1",
-         lambda split, m, k, w, n, item: right(split, m, k, w, n, item) if split != "grid" else
-         (n - 1) * (m * k + k * w) / n * item + right("rows", m, k, w, n, item)),
+         _sent(moved=lambda *x: (x[3] - 1) * _blocks(*x))),
         ("in the grid a rank's block goes to the q - 1 others: one of q has it already",
-         lambda split, m, k, w, n, item: right(split, m, k, w, n, item) if split != "grid" else
-         isqrt(n) * (m * k + k * w) / n * item + right("rows", m, k, w, n, item)),
+         _sent(moved=lambda *x: x[4] * _blocks(*x))),
         ("in the grid a rank sends blocks, one n-th of B and of C, not all of them",
-         lambda split, m, k, w, n, item: right(split, m, k, w, n, item) if split != "grid" else
-         (isqrt(n) - 1) * (m * k + k * w) * item + right("rows", m, k, w, n, item)),
-        ("this is what an all-reduce is given: in a ring each rank sends 2(n - 1)/n times that",
-         lambda split, m, k, w, n, item: m * w * item if split == "inner" else right(split, m, k, w, n, item)),
+         _sent(moved=lambda *x: (x[4] - 1) * x[3] * _blocks(*x))),
+        ("this is what an all-reduce is given: in a ring each rank sends 2(n - 1)/n times that", _sent(inner=whole)),
         ("in the grid, too, all n ranks bring A together: (n - 1)/n of it, not (q - 1)/q",
-         lambda split, m, k, w, n, item: right(split, m, k, w, n, item) if split != "grid" else
-         right(split, m, k, w, n, item, gather=0.0) + (isqrt(n) - 1) / isqrt(n) * m * w * item),
-        ("in the grid the blocks of C travel, too",
-         lambda split, m, k, w, n, item: right(split, m, k, 0 if split == "grid" else w, n, item) +
-         (split == "grid") * right("rows", m, k, w, n, item)),
-        ("in the grid the blocks of B travel, too",
-         lambda split, m, k, w, n, item: right(split, 0 if split == "grid" else m, k, w, n, item) +
-         (split == "grid") * right("rows", m, k, w, n, item)),
-        ("in the grid a block goes to q - 1 others: one, only where q is 2",
-         lambda split, m, k, w, n, item: right(split, m, k, w, n, item) if split != "grid" else
-         (m * k + k * w) / n * item + right("rows", m, k, w, n, item)),
+         _sent(gathered=lambda m, k, w, n, q: (q - 1) / q * m * w)),
+        ("in the grid the blocks of C travel, too", _sent(moved=lambda m, k, w, n, q: (q - 1) * m * k / n)),
+        ("in the grid the blocks of B travel, too", _sent(moved=lambda m, k, w, n, q: (q - 1) * k * w / n)),
+        ("in the grid a block goes to q - 1 others: one, only where q is 2", _sent(moved=_blocks)),
         ("in the grid a rank sends its block of B in one of the q steps, its block of C in one: not in all",
-         lambda split, m, k, w, n, item: right(split, m, k, w, n, item, panel=isqrt(n))),
+         _sent(moved=lambda *x: x[4] * (x[4] - 1) * _blocks(*x))),
         ("\"rows\" and \"columns\" both gather A: B and C stay where they are",
-         lambda split, m, k, w, n, item: (n - 1) / n * m * k * item if split == "rows" else
-         (n - 1) / n * k * w * item if split == "columns" else right(split, m, k, w, n, item)),
+         _sent(lambda m, k, w, n, q: (n - 1) / n * m * k, lambda m, k, w, n, q: (n - 1) / n * k * w)),
     ]  # fmt: skip
-    numbers(run, inputs, [right(*x) for x in inputs], labels, mistakes)
+    formula(run, right, inputs, mistakes)
 
 
 exercise = Exercise(hints, check)

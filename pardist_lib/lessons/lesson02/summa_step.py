@@ -1,4 +1,4 @@
-"""The exercise summa_step."""
+"""summa_step: one step on q × q ranks. Typically wrong: rows and columns of the grid, and who sends which block."""
 
 from contextlib import ExitStack
 from math import isqrt
@@ -10,11 +10,12 @@ from torch.distributed import distributed_c10d
 
 from pardist_lib.ranks.report import plural
 
-from ..exercises.cases import F32, F64, I64, values
+from ..exercises.cases import F32, F64, I64, call, untouched, values
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, by_hand, equal, peers, same, sent
 from ..exercises.watch import Seen
-from .shared import call_in_world, inputs_kept
+from ..worlds import world
+from .shared import products
 
 hints = (
     "divmod(rank, q) gives this rank's row i and column j. In its row are the ranks i·q + 0 … i·q + q - 1, in its "
@@ -27,32 +28,46 @@ hints = (
 
 
 def check(run):
-    cases = [
-        (4, (3, 3, 3), F64),
-        (4, (2, 3, 4), F64),
-        (4, (1, 4, 2), F32),
-        (4, (2, 2, 3), I64),
-        (1, (2, 3, 4), F64),
-    ]
+    cases = [(4, (3, 3, 3), F64), (4, (2, 3, 4), F64), (4, (1, 4, 2), F32), (4, (2, 2, 3), I64), (1, (2, 3, 4), F64)]
 
-    def one(n, shape, dtype, seed, about):
-        q, (m, k, w) = isqrt(n), shape
-        parts = [[values(s, dtype, r, 10 * seed + i) for i, s in enumerate(((m, w), (m, k), (k, w)))] for r in range(n)]
+    def one(seed, n, shape, dtype, _):
+        q, parts = isqrt(n), _blocks(n, shape, dtype, 10 * seed)
         for step in range(q):
-            where = f"step {step}, q = {q}, blocks {(m, w)}, {(m, k)}, {(k, w)}, {str(dtype)[6:]}"
-            seen = run(call_in_world, parts, step, q, n=n if n > 1 else 4, about=where)[:n]
+            about = _case(step, q, shape, dtype)
+            seen = run(_stepped, parts, step, q, n=n if n > 1 else 4, about=about)[:n]
             by_hand(seen)
-            inputs_kept(seen, parts, ("", "b", "c"), where)
-            _judge_step(seen, parts, step, q, where)
+            untouched(seen, about)
+            _judge_step(seen, parts, step, q, about)
 
-    cases(one, cases)
-    parts = [[values(s, F64, r, 90 + i) for i, s in enumerate(((2, 3), (2, 4), (4, 3)))] for r in range(9)]
+    products(cases, one)
+    parts = _blocks(9, (2, 4, 3), F64, 90)
     for step in range(3):
-        where = f"step {step}, q = 3, blocks (2, 3), (2, 4), (4, 3), float64"
-        played = {}
-        for one_rank in run(_play, parts, step, 3, about=where):
-            played |= one_rank.kept
-        _judge_played([played[rank] for rank in range(9)], parts, step, 3, where)
+        about, played = _case(step, 3, (2, 4, 3), F64), {}
+        for some in run(_play, parts, step, 3, about=about):
+            played |= some.kept
+        _judge_played([played[rank] for rank in range(9)], parts, step, 3, about)
+
+
+def _blocks(n, shape, dtype, seed):
+    """Each rank's blocks of A, B and C."""
+    m, k, w = shape
+    return [[values(s, dtype, r, seed + i) for i, s in enumerate(((m, w), (m, k), (k, w)))] for r in range(n)]
+
+
+def _case(step, q, shape, dtype):
+    m, k, w = shape
+    return f"step {step}, q = {q}, blocks {(m, w)}, {(m, k)}, {(k, w)}, {str(dtype)[6:]}"
+
+
+def _stepped(answer, parts, step, q):
+    """On a rank: one step with its own blocks. (A world of one has to be made by all ranks.)"""
+    with world(len(parts)) as inside:
+        if not inside:
+            return Seen()
+        a, b, c = parts[dist.get_rank()]
+        seen = call(lambda b, c: answer(a, b, c, step, q), {"b": b, "c": c})
+        seen.kept["a"] = a
+        return seen
 
 
 class _Done:
@@ -98,84 +113,92 @@ def _play(answer, parts, step, q):
     return seen
 
 
+def _grown(parts, q, steps, of_b=None, of_c=None):
+    """What `a` becomes on each rank; of_b(i, j, step), of_c(i, j, step): whose blocks it multiplies."""
+    of_b, of_c = of_b or (lambda i, j, step: i * q + step), of_c or (lambda i, j, step: step * q + j)
+    grown = []
+    for rank, (a, _, _) in enumerate(parts):
+        i, j = divmod(rank, q)
+        grown.append(a + sum(parts[of_b(i, j, s)][1] @ parts[of_c(i, j, s)][2] for s in steps))
+    return grown
+
+
+def _receivers(parts, rank, step, q):
+    """[(peer, block)] of what a rank has to send: b to the others in its row, c to the others in its column."""
+    (i, j), (_, b, c) = divmod(rank, q), parts[rank]
+    to = [(i * q + x, b) for x in range(q) if j == step] + [(x * q + j, c) for x in range(q) if i == step]
+    return [(peer, block) for peer, block in to if peer != rank]
+
+
 def _judge_played(played, parts, step, q, about):
     """played: for each rank its block of A, what it sent [(peer, tensor)], and from whom it received."""
     known = f"it works with q = 2, but not with q = {q}: "
     for rank, (_, _, came_from) in enumerate(played):
         owners = sorted({rank // q * q + step, step * q + rank % q} - {rank})
-        shown = f"rank {rank}, {about}", f"from {_named(owners)}", f"from {_named(came_from)}"
+        why = "a block that a rank lacks is not received, or more than once"
         if strange := [peer for peer in came_from if peer not in owners]:
-            why = (
-                f"rank {rank} receives from {_named(strange)}: b comes from column `step` of the row, c from row `step`"
-            )
-            raise Wrong(f"{known}{why} of the column", *shown)
+            why = f"rank {rank} receives from {_named(strange)}: b comes from column `step` of the row, c from row "
+            why += "`step` of the column"
         if sorted(came_from) != owners:
-            raise Wrong(f"{known}a block that a rank lacks is not received, or more than once", *shown)
+            raise Wrong(known + why, f"rank {rank}, {about}", f"from {_named(owners)}", f"from {_named(came_from)}")
     for rank, (_, to, _) in enumerate(played):
-        i, j = divmod(rank, q)
-        fair = [(i * q + x, parts[rank][1]) for x in range(q) if j == step and x != j]
-        fair += [(x * q + j, parts[rank][2]) for x in range(q) if i == step and x != i]
-        receivers, asked, where = [peer for peer, _ in to], [peer for peer, _ in fair], f"rank {rank}, {about}"
+        fair, where = _receivers(parts, rank, step, q), f"rank {rank}, {about}"
+        receivers, asked = [peer for peer, _ in to], [peer for peer, _ in fair]
         if sorted(receivers) != sorted(asked):
             why = "each block goes to all q - 1 others of a row or column, from its owner"
             raise Wrong(known + why, where, f"to {_named(asked)}", f"to {_named(receivers)}")
         for peer, block in fair:
             if not any(p == peer and equal(tensor, block) for p, tensor in to):
                 raise Wrong(f"{known}another tensor than the rank's own block goes to rank {peer}", where)
-    own = [part[0] for part in parts]
-    grown = [own[r] + parts[r // q * q + step][1] @ parts[step * q + r % q][2] for r in range(q * q)]
-    mistakes = [(f"{known}`a` is as it was before the call", own)]
-    same([a for a, *_ in played], grown, "a", about, mistakes)
+    mistakes = [(f"{known}`a` is as it was before the call", [part[0] for part in parts])]
+    same([a for a, *_ in played], _grown(parts, q, [step]), "a", about, mistakes)
 
 
 def _named(ranks):
-    return plural(sorted(ranks)) if ranks else "nobody"
+    return plural(ranks) if ranks else "nobody"
 
 
 def _judge_step(seen, parts, step, q, about):
-    n, square = len(seen), len({p.shape for p in parts[0]}) == 1
-    a, b, c = ([p[i] for p in parts] for i in range(3))
-    grown = [a[r] + b[r // q * q + step] @ c[step * q + r % q] for r in range(n)]
-    after, returned = [one.kept[0] for one in seen], [one.result for one in seen]
-    if all(map(torch.equal, after, a)) and n > 1:
-        if all(isinstance(r, torch.Tensor) and torch.allclose(r, g) for r, g in zip(returned, grown, strict=True)):
-            raise Wrong("it returns the right block, but `a` itself is unchanged: a += …, not a = a + …", about)
-    other = (step + 1) % q
-    product = [g - x for g, x in zip(grown, a, strict=True)]
+    a, b, c = zip(*parts, strict=True)
+    grown, after, returned = _grown(parts, q, [step]), [one.kept["a"] for one in seen], [one.result for one in seen]
+    if len(seen) > 1 and all(map(torch.equal, after, a)) and all(map(equal, returned, grown)):
+        raise Wrong("it returns the right block, but `a` itself is unchanged: a += …, not a = a + …", about)
+    other, product = (step + 1) % q, [g - x for g, x in zip(grown, a, strict=True)]
+
+    def own(i, j, step):
+        return i * q + j
+
+    def instead(of_b=None, of_c=None, steps=(step,)):
+        return _grown(parts, q, steps, of_b, of_c)
+
     mistakes = [
         ("`a` is overwritten: this step's product has to be added to what is there", product),
         ("every rank multiplies its own blocks: in a step, the blocks of column `step` and row `step` travel",
-         [a[r] + b[r] @ c[r] for r in range(n)]),
-        ("`step` is ignored: these are step 0's blocks", [a[r] + b[r // q * q] @ c[r % q] for r in range(n)]),
+         instead(own, own)),
+        ("`step` is ignored: these are step 0's blocks", instead(steps=[0])),
         ("rows and columns of the grid are exchanged: rank i·q + j stands in row i = rank // q, column j = rank % q",
-         [a[r] + b[r % q * q + step] @ c[step * q + r // q] for r in range(n)]),
+         instead(lambda i, j, step: j * q + step, lambda i, j, step: step * q + i)),
         ("B's blocks travel along the columns and C's along the rows: it is the other way round",
-         [a[r] + b[step * q + r % q] @ c[r // q * q + step] for r in range(n)]),
-        ("only B's block travelled: C's is this rank's own", [a[r] + b[r // q * q + step] @ c[r] for r in range(n)]),
-        ("only C's block travelled: B's is this rank's own", [a[r] + b[r] @ c[step * q + r % q] for r in range(n)]),
-        ("these are the blocks of another step",
-         [a[r] + b[r // q * q + other] @ c[other * q + r % q] for r in range(n)]),
-        ("all steps at once: one is asked for",
-         [a[r] + sum(b[r // q * q + s] @ c[s * q + r % q] for s in range(q)) for r in range(n)]),
-        ("the product is subtracted", [2 * x - g for g, x in zip(grown, a, strict=True)]),
-        ("the product is added twice", [2 * g - x for g, x in zip(grown, a, strict=True)]),
+         instead(lambda i, j, step: step * q + j, lambda i, j, step: i * q + step)),
+        ("only B's block travelled: C's is this rank's own", instead(of_c=own)),
+        ("only C's block travelled: B's is this rank's own", instead(of_b=own)),
+        ("these are the blocks of another step", instead(steps=[other])),
+        ("all steps at once: one is asked for", instead(steps=range(q))),
+        ("the product is subtracted", [x - p for x, p in zip(a, product, strict=True)]),
+        ("the product is added twice", [g + p for g, p in zip(grown, product, strict=True)]),
     ]  # fmt: skip
-    if square:
-        mistakes.append(("the product is C @ B: the block of B comes first",
-                         [a[r] + c[step * q + r % q] @ b[r // q * q + step] for r in range(n)]))  # fmt: skip
+    if len({block.shape for block in parts[0]}) == 1:
+        swapped = [x + c[step * q + r % q] @ b[r // q * q + step] for r, x in enumerate(a)]
+        mistakes.append(("the product is C @ B: the block of B comes first", swapped))
     same(after, grown, "a", about, [*mistakes, ("`a` is as it was before the call: add to it with +=", a)], a)
-    made, to = sent(seen), peers(seen)
-    for rank in range(n):
-        i, j = divmod(rank, q)
-        fair = ((j == step) * b[rank].nbytes + (i == step) * c[rank].nbytes) * (q - 1)
-        if strangers := sorted(p for p in to[rank] if p // q != i and p % q != j):
+    for rank, (made, to) in enumerate(zip(sent(seen), peers(seen), strict=True)):
+        if strangers := sorted(p for p in to if p // q != rank // q and p % q != rank % q):
             who = f"{plural(strangers)}, which {'is' if len(strangers) == 1 else 'are'}"
             raise Wrong(f"a is right, but rank {rank} sends to {who} neither in its row nor in its column", about)
-        if made[rank] != fair:
+        if made != (fair := sum(block.nbytes for _, block in _receivers(parts, rank, step, q))):
             why = "a is right, but more is sent than is needed: b goes along the row from column `step` only, c along "
-            raise Wrong(
-                f"{why}the column from row `step` only", f"rank {rank}, {about}", f"{fair} bytes", f"{made[rank]} bytes"
-            )
+            why += "the column from row `step` only"
+            raise Wrong(why, f"rank {rank}, {about}", f"{fair} bytes", f"{made} bytes")
 
 
 exercise = Exercise(hints, check)
