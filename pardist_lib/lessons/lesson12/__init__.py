@@ -1,3 +1,3 @@
-"""Lesson 12."""
+"""Lesson 12: its exercises in the order of the notebook."""
 
-EXERCISES = ("bandwidths", "exposed", "amdahl")  # in the order of the notebook
+EXERCISES = "bandwidths", "exposed", "amdahl"
