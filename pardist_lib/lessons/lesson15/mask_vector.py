@@ -1,8 +1,9 @@
-"""The exercise mask_vector."""
+"""mask_vector: masks that cancel in the sum of all messages; both sides of a pair add theirs, or signs are reversed."""
 
 from ..exercises.exercise import Exercise
 from ..exercises.judge import same
-from .shared import FIELD, in_one_process, numbers, whole
+from ..exercises.runs import results
+from .shared import FIELD, field_numbers, whole
 
 hints = (
     "Both clients of a pair hold the same mask. If both added it, it would be in the sum twice: one adds, the "
@@ -13,44 +14,44 @@ hints = (
 )
 
 
+def message(sign=lambda other, me: 1 if other > me else -1, vector=1, own=1, field=FIELD):
+    """What a client sends, right or with one mistake: how often what is in it."""
+    return lambda v, me, mask, pairs: (vector * v + own * mask + sum(sign(c, me) * p for c, p in pairs.items())) % field
+
+
+MISTAKES = [  # (diagnosis, what it would send)
+    ("the signs are the wrong way round: with a higher number it adds, with a lower one it subtracts",
+     message(lambda c, me: -1 if c > me else 1)),
+    ("every pair mask is added: the other side adds it too, and in the sum it stays, doubled",
+     message(lambda c, me: 1)),
+    ("every pair mask is subtracted: the other side subtracts it too", message(lambda c, me: -1)),
+    ("the own mask is missing: without it a client that was declared gone is laid bare", message(own=0)),
+    ("the own mask is subtracted: the server will subtract it, so here it is added", message(own=-1)),
+    ("the vector itself is missing: this is nothing but masks", message(vector=0)),
+    ("the pair masks are missing: only the own mask is on it", message(lambda c, me: 0)),
+    ("only the masks with higher numbers are on it: those with lower numbers are to be subtracted",
+     message(lambda c, me: int(c > me))),
+    ("only the masks with lower numbers are on it: those with higher numbers are to be added",
+     message(lambda c, me: -int(c < me))),
+    ("the signs alternate with the numbers: both sides of a pair have to see opposite ones",
+     message(lambda c, me: -1 if c % 2 else 1)),
+    ("the sign depends on the other number alone: both sides of a pair have to see opposite ones",
+     message(lambda c, me: 1 if c % 2 else -1)),
+    ("wrapped at 2**31: the field has 2**32 elements", message(field=2**31)),
+    ("modulo 2**32 - 1: the field has 2**32 elements, from 0 on", message(field=FIELD - 1)),
+]  # fmt: skip
+
+
 def check(run):
     cases = [(4, 2, 3), (4, 0, 3), (4, 3, 5), (8, 4, 1), (3, 1, 6), (50, 20, 4), (1, 0, 2)]
     inputs = []
     for seed, (n, me, size) in enumerate(cases):
-        pairs = {o: numbers(size, 1000 * seed + 10 + o) for o in reversed(range(n)) if o != me}
-        inputs.append((numbers(size, 1000 * seed + 1), me, numbers(size, 1000 * seed + 2), pairs))
+        pairs = {o: field_numbers(size, 1000 * seed + 10 + o) for o in reversed(range(n)) if o != me}
+        inputs.append((field_numbers(size, 1000 * seed + 1), me, field_numbers(size, 1000 * seed + 2), pairs))
     labels = [f"client {me} of {n}, {size} numbers" for n, me, size in cases]
-    got = in_one_process(run, inputs, labels)
-
-    def each(vector=1, own=1, sign=lambda other, me: 1 if other > me else -1, wrap=FIELD):
-        return [
-            (vector * v + own * o + sum(sign(c, me) * p for c, p in pairs.items())) % wrap for v, me, o, pairs in inputs
-        ]
-
-    expected = each()
+    got, expected = results(run, inputs, labels, catch=ValueError), [message()(*one) for one in inputs]
     whole(got, expected, labels, "the message")
-    mistakes = [
-        ("the signs are the wrong way round: with a higher number it adds, with a lower one it subtracts",
-         each(sign=lambda c, me: -1 if c > me else 1)),
-        ("every pair mask is added: the other side adds it too, and in the sum it stays, doubled",
-         each(sign=lambda c, me: 1)),
-        ("every pair mask is subtracted: the other side subtracts it too", each(sign=lambda c, me: -1)),
-        ("the own mask is missing: without it a client that was declared gone is laid bare", each(own=0)),
-        ("the own mask is subtracted: the server will subtract it, so here it is added", each(own=-1)),
-        ("the vector itself is missing: this is nothing but masks", each(vector=0)),
-        ("the pair masks are missing: only the own mask is on it", each(sign=lambda c, me: 0)),
-        ("only the masks with higher numbers are on it: those with lower numbers are to be subtracted",
-         each(sign=lambda c, me: int(c > me))),
-        ("only the masks with lower numbers are on it: those with higher numbers are to be added",
-         each(sign=lambda c, me: -int(c < me))),
-        ("the signs alternate with the numbers: both sides of a pair have to see opposite ones",
-         each(sign=lambda c, me: 1 if c % 2 == 0 else -1)),
-        ("the sign depends on the other number alone: both sides of a pair have to see opposite ones",
-         each(sign=lambda c, me: 1 if c % 2 else -1)),
-        ("wrapped at 2**31: the field has 2**32 elements", each(wrap=2**31)),
-        ("modulo 2**32 - 1: the field has 2**32 elements, from 0 on", each(wrap=FIELD - 1)),
-    ]  # fmt: skip
-    same(got, expected, "", mistakes=mistakes, labels=labels)
+    same(got, expected, "", mistakes=[(why, [wrong(*one) for one in inputs]) for why, wrong in MISTAKES], labels=labels)
 
 
 exercise = Exercise(hints, check)

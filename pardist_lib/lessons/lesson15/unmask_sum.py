@@ -1,10 +1,9 @@
-"""The exercise unmask_sum."""
-
-import torch
+"""unmask_sum: the server takes off what does not cancel; masks of who fell silent stay in, or with the wrong sign."""
 
 from ..exercises.exercise import Exercise
 from ..exercises.judge import same
-from .shared import FIELD, in_one_process, numbers, whole
+from ..exercises.runs import results
+from .shared import FIELD, field_numbers, whole
 
 hints = (
     "Nobody silent: all pair masks have cancelled in the sum of the messages, and only own masks are left to be "
@@ -16,56 +15,55 @@ hints = (
 )
 
 
+def unmasked(sign=lambda gone, client: -1 if gone > client else 1, own=-1, some=slice(None), field=FIELD):
+    """The server's sum, right or with one mistake: what it does with the masks, of which silent clients."""
+
+    def answer(messages, masks, pairs):
+        left = (sign(g, c) * mask for g, of in list(pairs.items())[some] for c, mask in of.items())
+        return (sum(messages.values()) + own * sum(masks.values()) + sum(left)) % field
+
+    return answer
+
+
+MISTAKES = [  # (diagnosis, what it would give)
+    ("the pair masks of those who fell silent are still in it: nothing cancels them", unmasked(lambda g, c: 0)),
+    ("the masks of those who fell silent are taken off with the wrong sign: that doubles them",
+     unmasked(lambda g, c: 1 if g > c else -1)),
+    ("all pair masks are subtracted: a client with a higher number than the silent one had subtracted its mask",
+     unmasked(lambda g, c: -1)),
+    ("all pair masks are added: a client with a lower number than the silent one had added its mask",
+     unmasked(lambda g, c: 1)),
+    ("the masks of one client that fell silent are taken off, not those of all", unmasked(some=slice(1))),
+    ("the masks of one client that fell silent are taken off, not those of all", unmasked(some=slice(-1, None))),
+    ("the own masks are still in it: take them off", unmasked(own=0)),
+    ("the own masks are added once more: take them off", unmasked(own=1)),
+    ("neither own masks nor pair masks were taken off: this is the sum of the messages",
+     unmasked(lambda g, c: 0, own=0)),
+    ("wrapped at 2**31: the field has 2**32 elements", unmasked(field=2**31)),
+]  # fmt: skip
+
+
 def check(run):
-    cases = [(4, ()), (4, (2,)), (5, (0,)), (5, (4,)), (8, (1, 6)), (9, (0, 3, 8)), (3, ())]
-    inputs, vectors = [], []
-    for seed, (n, gone) in enumerate(cases):
-        size, there = 3 + seed % 2, [c for c in range(n) if c not in gone]
-        vector = {c: numbers(size, 1000 * seed + c) for c in range(n)}
-        own = {c: numbers(size, 1000 * seed + 100 + c) for c in range(n)}
-        pair = {frozenset((a, b)): numbers(size, 1000 * seed + 200 + 20 * a + b) for a in range(n)
-                for b in range(a + 1, n)}  # fmt: skip
+    cases = [(4, ()), (4, (2,)), (5, (0,)), (5, (4,)), (8, (1, 6)), (9, (0, 3, 8)), (3, ())]  # clients, silent ones
+    inputs, expected, labels = [], [], []
+    for case, (n, gone) in enumerate(cases):
+        there = [c for c in range(n) if c not in gone]
+
+        def numbers(kind, case=case):
+            return field_numbers(3 + case % 2, 1000 * case + kind)
+
+        vector, own = ([numbers(kind + c) for c in range(n)] for kind in (0, 100))
+        pair = {(a, b): numbers(200 + 20 * min(a, b) + max(a, b)) for a in range(n) for b in range(n) if a != b}
         messages = {
-            c: (vector[c] + own[c]
-                + sum((1 if o > c else -1) * pair[frozenset((c, o))] for o in range(n) if o != c)) % FIELD
+            c: (vector[c] + own[c] + sum(pair[c, o] if o > c else -pair[c, o] for o in range(n) if o != c)) % FIELD
             for c in there
-        }  # fmt: skip
-        pairs = {g: {c: pair[frozenset((g, c))] for c in there} for g in gone}
-        inputs.append((messages, {c: own[c] for c in there}, pairs))
-        vectors.append(sum(vector[c] for c in there) % FIELD)
-    labels = [f"{n} clients, " + (f"silent: {', '.join(map(str, gone))}" if gone else "nobody silent")
-              for n, gone in cases]  # fmt: skip
-    got = in_one_process(run, inputs, labels)
-
-    def each(own=-1, sign=lambda gone, c: -1 if gone > c else 1, wrap=FIELD, some=slice(None)):
-        return [
-            (sum(m.values()) + own * sum(o.values())
-             + sum(sign(g, c) * p for g, masks in list(pairs.items())[some] for c, p in masks.items())) % wrap
-            for m, o, pairs in inputs
-        ]  # fmt: skip
-
-    expected = each()
-    for one, other in zip(expected, vectors, strict=True):
-        assert torch.equal(one, other)
+        }
+        inputs.append((messages, {c: own[c] for c in there}, {g: {c: pair[g, c] for c in there} for g in gone}))
+        expected.append(sum(vector[c] for c in there) % FIELD)
+        labels.append(f"{n} clients, " + (f"silent: {', '.join(map(str, gone))}" if gone else "nobody silent"))
+    got = results(run, inputs, labels, catch=ValueError)
     whole(got, expected, labels, "the sum")
-    mistakes = [
-        ("the pair masks of those who fell silent are still in it: nothing cancels them",
-         each(sign=lambda g, c: 0)),
-        ("the masks of those who fell silent are taken off with the wrong sign: that doubles them",
-         each(sign=lambda g, c: 1 if g > c else -1)),
-        ("all pair masks are subtracted: a client with a higher number than the silent one had subtracted its mask",
-         each(sign=lambda g, c: -1)),
-        ("all pair masks are added: a client with a lower number than the silent one had added its mask",
-         each(sign=lambda g, c: 1)),
-        ("the masks of one client that fell silent are taken off, not those of all", each(some=slice(1))),
-        ("the masks of one client that fell silent are taken off, not those of all", each(some=slice(-1, None))),
-        ("the own masks are still in it: take them off", each(own=0)),
-        ("the own masks are added once more: take them off", each(own=1)),
-        ("neither own masks nor pair masks were taken off: this is the sum of the messages",
-         each(own=0, sign=lambda g, c: 0)),
-        ("wrapped at 2**31: the field has 2**32 elements", each(wrap=2**31)),
-    ]  # fmt: skip
-    same(got, expected, "", mistakes=mistakes, labels=labels)
+    same(got, expected, "", mistakes=[(why, [wrong(*one) for one in inputs]) for why, wrong in MISTAKES], labels=labels)
 
 
 exercise = Exercise(hints, check)
