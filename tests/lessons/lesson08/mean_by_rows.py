@@ -1,4 +1,4 @@
-"""Wrong answers to mean_by_rows, as people really write them, and unusual right ones."""
+"""Answers to mean_by_rows: wrong ones as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist

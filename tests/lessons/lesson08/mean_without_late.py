@@ -1,4 +1,4 @@
-"""Wrong answers to mean_without_late, as people really write them, and unusual right ones."""
+"""Answers to mean_without_late: wrong ones as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist

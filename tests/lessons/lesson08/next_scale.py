@@ -1,4 +1,4 @@
-"""Wrong answers to next_scale, as people really write them, and unusual right ones."""
+"""Answers to next_scale: wrong ones as people write them, and unusual right ones."""
 
 from tests.lessons.planted import mistake, right
 

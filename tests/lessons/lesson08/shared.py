@@ -1,4 +1,4 @@
-"""What several banks of this lesson share."""
+"""What banks of this lesson share."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Wrong answers to shares_by_speed, as people really write them, and unusual right ones."""
+"""Answers to shares_by_speed: wrong ones as people write them, and unusual right ones."""
 
 import math
 

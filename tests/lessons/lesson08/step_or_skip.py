@@ -1,4 +1,4 @@
-"""Wrong answers to step_or_skip, as people really write them, and unusual right ones."""
+"""Answers to step_or_skip: wrong ones as people write them, and unusual right ones."""
 
 import math
 

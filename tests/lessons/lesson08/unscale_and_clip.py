@@ -1,4 +1,4 @@
-"""Wrong answers to unscale_and_clip, as people really write them, and unusual right ones."""
+"""Answers to unscale_and_clip: wrong ones as people write them, and unusual right ones."""
 
 import math
 

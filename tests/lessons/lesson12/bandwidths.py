@@ -1,4 +1,4 @@
-"""Wrong answers to bandwidths, as people really write them, and unusual right ones."""
+"""Answers to bandwidths: wrong ones as people write them, and unusual right ones."""
 
 from tests.lessons.planted import mistake, right
 

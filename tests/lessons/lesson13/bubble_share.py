@@ -1,4 +1,4 @@
-"""Wrong answers to bubble_share, as people really write them, and unusual right ones."""
+"""Answers to bubble_share: wrong ones as people write them, and unusual right ones."""
 
 from tests.lessons.planted import mistake, right
 

@@ -1,4 +1,4 @@
-"""Wrong answers to fewest_ranks, as people really write them, and unusual right ones."""
+"""Answers to fewest_ranks: wrong ones as people write them, and unusual right ones."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Wrong answers to ring_pays_from, as people really write them, and unusual right ones."""
+"""Answers to ring_pays_from: wrong ones as people write them, and unusual right ones."""
 
 import math
 

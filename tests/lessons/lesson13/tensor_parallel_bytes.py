@@ -1,4 +1,4 @@
-"""Wrong answers to tensor_parallel_bytes, as people really write them, and unusual right ones."""
+"""Answers to tensor_parallel_bytes: wrong ones as people write them, and unusual right ones."""
 
 from tests.lessons.planted import mistake, right
 

@@ -1,4 +1,4 @@
-"""Wrong answers to average_clients, as people really write them, and unusual right ones."""
+"""Answers to average_clients: wrong ones as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""Wrong answers to clip_and_add, as people really write them, and unusual right ones."""
+"""Answers to clip_and_add: wrong ones as people write them, and unusual right ones."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Wrong answers to fixed_point, as people really write them, and unusual right ones."""
+"""Answers to fixed_point: wrong ones as people write them, and unusual right ones."""
 
 import numpy as np
 import torch

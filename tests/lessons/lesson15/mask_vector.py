@@ -1,4 +1,4 @@
-"""Wrong answers to mask_vector, as people really write them, and unusual right ones."""
+"""Answers to mask_vector: wrong ones as people write them, and unusual right ones."""
 
 from tests.lessons.planted import mistake, right
 

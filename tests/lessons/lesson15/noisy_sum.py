@@ -1,4 +1,4 @@
-"""Wrong answers to noisy_sum, as people really write them, and unusual right ones."""
+"""Answers to noisy_sum: wrong ones as people write them, and unusual right ones."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Wrong answers to rate_and_steps, as people really write them, and unusual right ones."""
+"""Answers to rate_and_steps: wrong ones as people write them, and unusual right ones."""
 
 import math
 
