@@ -1,4 +1,6 @@
-"""The exercise order_bytes."""
+"""Bytes of a step by how two layers are split; typically backward, gathers or half of an all-reduce are left out."""
+
+from functools import partial
 
 from ..exercises.cases import numbers
 from ..exercises.exercise import Exercise
@@ -14,50 +16,47 @@ hints = (
 
 
 def check(run):
-    sizes = [(8, 10, 20, 4), (3, 12, 24, 2), (5, 12, 6, 3), (7, 10, 40, 1)]
-    orders = ("column, row", "row, column", "column, column", "row, row")
-    inputs = [(order, *size) for size in sizes for order in orders]
+    sizes = (8, 10, 20, 4), (3, 12, 24, 2), (5, 12, 6, 3), (7, 10, 40, 1)
+    inputs = [(order, *size) for size in sizes for order in TRAVELS]
     labels = [f"order_bytes({', '.join(map(repr, given))})" for given in inputs]
-    mistakes = [
-        ("only forward is counted: a training step goes backward, too", lambda *a: _bytes(*a, back=0)),
-        ("only backward is counted", lambda *a: _bytes(*a, ahead=0)),
-        ("an all-reduce is counted as (n - 1)/n · S: it is two halves, 2(n - 1)/n · S",
-         lambda *a: _bytes(*a, reduce=1)),
-        ("an all-reduce is counted as S and a gather as S: each rank sends 2(n - 1)/n · S and (n - 1)/n · S",
-         lambda *a: _bytes(*a, reduce=1, factor=1)),
-        ("the factor (n - 1)/n is missing", lambda *a: _bytes(*a, factor=1)),
-        ("these are numbers, not bytes: a float32 has 4", lambda *a: _bytes(*a) / 4),
-        ("all ranks' bytes are counted together: each one's are asked for", lambda *a: _bytes(*a) * a[-1]),
-        ("a gather is counted like an all-reduce: it costs half of it", lambda *a: _bytes(*a, gather=2)),
-        ("the gathers are left out: what is in parts but needed whole has to be gathered",
-         lambda *a: _bytes(*a, gather=0)),
-        ("forward's gathers are counted, backward's are not: what is in parts on the way back is gathered, too",
-         lambda *a: _bytes(*a, back=0) + _bytes(*a, ahead=0, gather=0)),
-        ("backward's gathers are counted, forward's are not: an output in parts is gathered, too",
-         lambda *a: _bytes(*a, ahead=0) + _bytes(*a, back=0, gather=0)),
-        ("every order is counted like column, row", lambda order, *a: _bytes("column, row", *a)),
-        ("width and hidden are swapped", lambda o, t, w, h, n: _bytes(o, t, h, w, n)),
-    ]  # fmt: skip
-    expected = [_bytes(*given) for given in inputs]
-    numbers(run, inputs, expected, labels, mistakes)
+    mistakes = {
+        "only forward is counted: a training step goes backward, too": {"back": 0},
+        "only backward is counted": {"ahead": 0},
+        "an all-reduce is counted as (n - 1)/n · S: it is two halves, 2(n - 1)/n · S": {"reduce": 1},
+        "an all-reduce is counted as S and a gather as S: each rank sends 2(n - 1)/n · S and (n - 1)/n · S": {
+            "reduce": 1,
+            "share": lambda n: 1,
+        },
+        "the factor (n - 1)/n is missing": {"share": lambda n: 1},
+        "these are numbers, not bytes: a float32 has 4": {"each": 1},
+        "all ranks' bytes are counted together: each one's are asked for": {"share": lambda n: n - 1},
+        "a gather is counted like an all-reduce: it costs half of it": {"gathers": (2, 2)},
+        "the gathers are left out: what is in parts but needed whole has to be gathered": {"gathers": (0, 0)},
+        "forward's gathers are counted, backward's are not: what is in parts there is gathered, too": {
+            "gathers": (1, 0)
+        },
+        "backward's gathers are counted, forward's are not: an output in parts is gathered, too": {"gathers": (0, 1)},
+    }
+    mistakes = {why: partial(_bytes, **how) for why, how in mistakes.items()} | {
+        "every order is counted like column, row": lambda order, *a: _bytes("column, row", *a),
+        "width and hidden are swapped": lambda o, t, w, h, n: _bytes(o, t, h, w, n),
+    }
+    numbers(run, inputs, [_bytes(*given) for given in inputs], labels, mistakes.items())
 
 
-def _bytes(order, tokens, width, hidden, n, reduce=2, gather=1, ahead=1, back=1, factor=None):
-    wide, narrow = 4 * tokens * hidden, 4 * tokens * width
-    forward = {
-        "column, row": reduce * narrow,
-        "row, column": reduce * wide + gather * narrow,
-        "column, column": gather * wide + gather * narrow,
-        "row, row": reduce * wide + reduce * narrow,
-    }
-    backward = {
-        "column, row": reduce * narrow,
-        "row, column": reduce * wide + gather * narrow,
-        "column, column": reduce * wide + reduce * narrow,
-        "row, row": gather * wide + gather * narrow,
-    }
-    factor = (n - 1) / n if factor is None else factor
-    return factor * (ahead * forward[order] + back * backward[order])
+TRAVELS = {  # what is all-reduced and what is gathered, forward and backward: h as wide as hidden, w as width
+    "column, row": (("w", ""), ("w", "")),
+    "row, column": (("h", "w"), ("h", "w")),
+    "column, column": (("", "hw"), ("hw", "")),
+    "row, row": (("hw", ""), ("", "hw")),
+}
+
+
+def _bytes(order, tokens, width, hidden, n, reduce=2, gathers=(1, 1), ahead=1, back=1, each=4, share=None):
+    size, total = {"h": each * tokens * hidden, "w": each * tokens * width}, 0
+    for (reduced, gathered), gather, counts in zip(TRAVELS[order], gathers, (ahead, back), strict=True):
+        total += counts * (reduce * sum(size[one] for one in reduced) + gather * sum(size[one] for one in gathered))
+    return total * (share(n) if share else (n - 1) / n)
 
 
 exercise = Exercise(hints, check)

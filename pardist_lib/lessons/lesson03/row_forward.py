@@ -1,27 +1,12 @@
-"""The exercise row_forward."""
+"""A linear layer of split input features; typically the bias is added by every rank, or backward adds up again."""
 
 import torch
 import torch.distributed as dist
 
-from ..exercises.cases import values
+from ..exercises.cases import F32, F64, groups_of, own_group, untouched, values, what_is_new
 from ..exercises.exercise import Exercise
-from ..exercises.judge import Wrong, only_calls, same
-from ..exercises.watch import watched
-from ..worlds import group_of
-from .shared import (
-    ALL,
-    F32,
-    F64,
-    PAIRS,
-    changed,
-    judge_gradients,
-    layer,
-    members_of,
-    rows_of_rank,
-    split,
-    there_and_back,
-    untouched,
-)
+from ..exercises.judge import as_many_bytes, only_calls, same
+from .shared import gradients, judge_gradients, layer, there_and_back
 
 hints = (
     "A rank's x @ weight.T has the shape of the whole result, but is only a summand of it: what do the ranks have "
@@ -34,19 +19,19 @@ hints = (
 
 
 def check(run):
-    for seed, (n, groups, shape, wide, out, dtype, bias, new) in enumerate(ROW_CASES):
+    for seed, (n, in_pairs, shape, wide, out, dtype, bias, new) in enumerate(CASES):
         about = f"{n} ranks, whole input {(*shape, wide)}, whole weight {(out, wide)}{'' if bias else ', no bias'}"
-        about += ", groups (0, 2) and (1, 3)" if groups else ""
-        try:
-            seen = run(_row, groups, shape, wide, out, dtype, bias, seed, n=n, about=about)
-            _judge_row(seen, groups or (tuple(range(n)),), layer(shape, wide, out, dtype, bias, seed)[2], about)
-        except Wrong as wrong:
-            if new:
-                wrong.diagnosis = f"{new}: {wrong.diagnosis}"
-            raise
+        about += ", groups (0, 2) and (1, 3)" if in_pairs else ""
+        with what_is_new(new):
+            seen = run(_row, in_pairs, shape, wide, out, dtype, bias, seed, n=n, about=about)
+            only_calls(seen, ("all_reduce",), OTHER_CALLS)
+            untouched(seen, about)
+            for members in groups_of(in_pairs, n):
+                _judge(members, [seen[r] for r in members], seen, about)
 
 
-ROW_CASES = [  # ranks, groups, shape of x, in, out, dtype, bias; what is new in it
+ALL, TWO = False, True  # whether two groups of two ranks have a layer each
+CASES = [  # ranks, groups, shape of x, in, out, dtype, bias; what is new in it
     (4, ALL, (3,), 8, 5, F32, True, ""),
     (4, ALL, (3,), 10, 5, F64, True, "where 4 does not divide the input features"),
     (4, ALL, (3,), 3, 5, F32, True, "where there are fewer input features than ranks"),
@@ -54,28 +39,9 @@ ROW_CASES = [  # ranks, groups, shape of x, in, out, dtype, bias; what is new in
     (4, ALL, (3,), 8, 5, F32, False, "where bias is None"),
     (3, ALL, (2,), 7, 4, F64, True, "with 3 ranks (is a 4 written into it?)"),
     (2, ALL, (2,), 3, 6, F32, True, "with 2 ranks"),
-    (4, PAIRS, (2,), 5, 3, F64, True, "in two groups of 2 ranks"),
+    (4, TWO, (2,), 5, 3, F64, True, "in two groups of 2 ranks"),
 ]
-
-
-def _row(answer, groups, shape, wide, out, dtype, bias, seed):
-    rank, options = dist.get_rank(), {}
-    x, weight, b = layer(shape, wide, out, dtype, bias, seed)
-    members = members_of(groups, rank)
-    if groups:
-        made = [group_of(g) for g in groups]
-        options = {"group": next(g for g, ranks in zip(made, groups, strict=True) if rank in ranks)}
-        x = x + groups.index(members)  # the groups have something else to do each
-    x, weight = (split(t, len(members), -1)[members.index(rank)].clone() for t in (x, weight))
-    before = {"x": x.clone(), "weight": weight.clone(), "bias": None if b is None else b.clone()}
-    seen = watched(answer, x, weight, b, **options)
-    seen.kept = {"changed": changed(before, x=x, weight=weight, bias=b), "x": before["x"], "weight": before["weight"]}
-    g = values((*shape, out), dtype, 60 + members[0], seed)  # the same on every rank of a group, as its loss is
-    there_and_back(seen, answer, before, g, **options)
-    return seen
-
-
-ROW_CALLS = {
+OTHER_CALLS = {
     "reduce": "it calls reduce, which brings the sum to one rank only: every rank needs the output",
     "all_gather": "it calls all_gather, which brings every summand to every rank, n times as many bytes as a sum: "
     "all_reduce adds up on the way",
@@ -84,60 +50,52 @@ ROW_CALLS = {
 }
 
 
-def _judge_row(seen, groups, bias, about):
-    only_calls(seen, ("all_reduce",), ROW_CALLS)
-    untouched(seen, about)
-    summands = [one.kept["x"] @ one.kept["weight"].T for one in seen]
-    zero = summands[0].new_zeros(summands[0].shape[-1]) if bias is None else bias
-    everywhere = sum(summands)
-    for members in groups:
-        n, mine = len(members), [summands[r] for r in members]
-        total = sum(mine)
-        mistakes = [
-            (f"the bias is added {n} times, once by each rank: add it after the all_reduce", [total + n * zero] * n),
-            ("the bias is in the output of rank 0 only: add it before the all_reduce there, or after it everywhere",
-             [total + zero * (r == members[0]) for r in members]),
-            ("the bias is left out", [total] * n),
-            ("nothing was added up: each rank has its own summand", [m + zero for m in mine]),
-            ("nothing was added up: each rank has its own summand", mine),
-            (f"divided by {n}: the output is the sum of the summands, not their mean", [total / n + zero] * n),
-            (f"divided by {n}: the output is the sum of the summands, not their mean", [(total + n * zero) / n] * n),
-            ("it takes the MAX over the ranks, not the sum", [torch.stack(mine).amax(0) + zero] * n),
-            ("the bias is counted twice", [total + 2 * zero] * n),
-        ]  # fmt: skip
-        if n < len(seen):
-            mistakes[:0] = [
-                ("the group argument is ignored: this is the sum over all ranks", [everywhere + zero] * n),
-                ("the group argument is ignored: this is the sum over all ranks", [everywhere + len(seen) * zero] * n),
-            ]
-        same([seen[r].result for r in members], [total + zero] * n, "the output", about, mistakes, labels=list(members))
-        for rank in members:
-            made, fair = [call.bytes for call in seen[rank].calls], total.numel() * total.element_size()
-            if sum(made) != fair or len(made) > 1:
-                raise Wrong(
-                    f"the output is right, but {len(made)} all_reduce of {sum(made):,} bytes are made for an output of "
-                    f"{fair:,}", f"rank {rank}, {about}", f"1 of {fair:,} bytes", f"{len(made)} of {sum(made):,} bytes",
-                )  # fmt: skip
-        _judge_row_backward(seen, members, bias, about)
+def _row(answer, in_pairs, shape, wide, out, dtype, bias, seed):
+    options, inputs = own_group(in_pairs), layer(shape, wide, out, dtype, bias, seed)
+    place, n = dist.get_rank(**options), dist.get_world_size(**options)
+    which = dist.get_rank() % 2 if in_pairs else 0  # the groups have something else to do each
+    parts = {name: inputs[name].tensor_split(n, -1)[place] + which * (name == "x") for name in ("x", "weight")}
+    g = values((*shape, out), dtype, 60 + which, seed)  # the same on every rank of a group, as its loss is
+    return there_and_back(answer, inputs | parts, g, **options)
 
 
-def _judge_row_backward(seen, members, bias, about):
-    n, expected, mistakes = len(members), [], {}
-    for rank in members:
-        x, weight, g = (seen[rank].kept[name] for name in ("x", "weight", "g"))
-        grads = {"x": g @ weight, "weight": rows_of_rank(g).T @ rows_of_rank(x), "bias": rows_of_rank(g).sum(0)}
-        expected.append(grads if bias is not None else {k: grads[k] for k in ("x", "weight")})
-    for name in expected[0]:
-        what = [e[name] for e in expected]
-        mistakes[name] = [
-            (f"the output is right, its backward {n} times too large: every rank comes back with the whole gradient, "
-             f"and adding {n} equal ones counts it {n} times", [n * w for w in what]),
-            (f"the output is right, its backward divided by {n}: "
-             + ("a share of the bias from each rank gets a share of its gradient; add it whole, after the sum"
-                if name == "bias" else "the gradient of a sum goes on to each summand whole"), [w / n for w in what]),
-        ]  # fmt: skip
-    sent = "the gradients are right, but backward calls {op}: every rank has the whole gradient already"
-    judge_gradients(seen, members, expected, mistakes, sent, about)
+def _judge(members, mine, seen, about):
+    n, everywhere = len(members), sum(_summand(one) for one in seen)
+    own, bias = [_summand(one) for one in mine], mine[0].kept["given"]["bias"]
+    total, bias = sum(own), everywhere.new_zeros(everywhere.shape[-1]) if bias is None else bias
+    ignored = "the group argument is ignored: this is the sum over all ranks"
+    mistakes = {
+        ignored: everywhere + bias if n < len(seen) else None,
+        f"{ignored}, with a bias from each": everywhere + len(seen) * bias if n < len(seen) else None,
+        f"the bias is added {n} times, once by each rank: add it after the all_reduce": total + n * bias,
+        "the bias is in the output of rank 0 only: add it before the all_reduce there, or after it everywhere": [
+            total + bias * (r == members[0]) for r in members
+        ],
+        "the bias is left out": total,
+        "nothing was added up: each rank has its own summand": [y + bias for y in own],
+        "nothing was added up: each rank has its own summand, without the bias": own,
+        f"divided by {n}: the output is the sum of the summands, not their mean": total / n + bias,
+        f"divided by {n}, bias and all: the output is the sum of the summands, not their mean": total / n + bias / n,
+        "it takes the MAX over the ranks, not the sum": torch.stack(own).amax(0) + bias,
+        "the bias is counted twice": total + 2 * bias,
+    }
+    same([one.result for one in mine], total + bias, "the output", about, mistakes.items(), labels=members)
+    as_many_bytes(members, mine, "the output", total.nbytes, about)
+
+    back, mistakes = [gradients(one.kept["given"], one.kept["g"]) for one in mine], {}
+    again = f"every rank comes back with the whole gradient, and adding {n} equal ones counts it {n} times"
+    whole = {"bias": "a share of the bias from each rank gets a share of its gradient; add it whole, after the sum"}
+    for name in back[0]:
+        why = whole.get(name, "the gradient of a sum goes on to each summand whole")
+        mistakes[name] = {
+            f"the output is right, its backward {n} times too large: {again}": [n * grads[name] for grads in back],
+            f"the output is right, its backward divided by {n}: {why}": [grads[name] / n for grads in back],
+        }
+    judge_gradients(members, mine, back, mistakes, about, free="every rank has the whole gradient already")
+
+
+def _summand(one):
+    return one.kept["given"]["x"] @ one.kept["given"]["weight"].T
 
 
 exercise = Exercise(hints, check)

@@ -1,4 +1,4 @@
-"""Wrong answers to my_gather_from_group, as people really write them, and unusual right ones."""
+"""my_gather_from_group: wrong answers as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist

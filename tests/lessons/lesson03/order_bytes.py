@@ -1,4 +1,4 @@
-"""Wrong answers to order_bytes, as people really write them, and unusual right ones."""
+"""order_bytes: wrong answers as people write them, and unusual right ones."""
 
 from tests.lessons.planted import mistake, right
 

@@ -1,4 +1,4 @@
-"""Wrong answers to row_forward, as people really write them, and unusual right ones."""
+"""row_forward: wrong answers as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist
