@@ -1,4 +1,4 @@
-"""The exercise heads_of_rank."""
+"""A rank's query heads and the key-value heads they use; typically those are dealt out, where ranks share one."""
 
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong
@@ -14,22 +14,16 @@ hints = (
 
 
 def check(run):
-    cases = [(8, 8, 4), (12, 4, 4), (12, 12, 3), (8, 2, 4), (12, 3, 2), (6, 2, 6), (16, 1, 4), (4, 2, 1)]
-    [seen] = run(_all_heads, cases, n=1)
-    for case, ranks in zip(cases, seen.result, strict=True):
-        for rank, got in enumerate(ranks):
-            _judge_heads(*case, rank, got, _by_remainder(*case, ranks))
-    [seen] = run(_all_heads, [(5, 5, 4), (6, 2, 4), (3, 3, 4)], n=1)
-    for (heads, kv, n), ranks in zip([(5, 5, 4), (6, 2, 4), (3, 3, 4)], seen.result, strict=True):
-        for rank, got in enumerate(ranks):
-            if got != "ValueError":
-                raise Wrong(
-                    f"{heads} heads cannot be shared out equally over {n} ranks: raise ValueError, or heads are "
-                    "lost or computed twice", f"heads_of_rank({heads}, {kv}, {rank}, {n})", "ValueError", f"{got}",
-                )  # fmt: skip
+    even = [(8, 8, 4), (12, 4, 4), (12, 12, 3), (8, 2, 4), (12, 3, 2), (6, 2, 6), (16, 1, 4), (4, 2, 1)]
+    uneven = [(5, 5, 4), (6, 2, 4), (3, 3, 4)]  # query heads, key-value heads, ranks
+    for cases in even, uneven:
+        [seen] = run(_all_ranks, cases, n=1)
+        for case, ranks in zip(cases, seen.result, strict=True):
+            for rank, got in enumerate(ranks):
+                _judge(*case, rank, got, ranks)
 
 
-def _all_heads(answer, cases):
+def _all_ranks(answer, cases):
     def one(*case):
         try:
             return answer(*case)
@@ -39,52 +33,65 @@ def _all_heads(answer, cases):
     return watched(lambda: [[one(heads, kv, rank, n) for rank in range(n)] for heads, kv, n in cases])
 
 
+def _judge(heads, kv, n, rank, got, ranks):
+    each, group, wanted = heads // n, heads // kv, "ValueError"
+    if not heads % n:
+        queries = range(rank * each, (rank + 1) * each)
+        wanted = queries, range(queries[0] // group, queries[-1] // group + 1)
+    if got == wanted:
+        return
+    if heads % n:
+        lost = "raise ValueError, or heads are lost or computed twice"
+        why = f"{heads} heads cannot be shared out equally over {n} ranks: {lost}"
+    elif got == "ValueError":
+        why = f"it raises ValueError, but {heads} heads on {n} ranks are {each} each"
+    elif not isinstance(got, (tuple, list)) or len(got) != 2 or not all(isinstance(g, range) for g in got):
+        why = "two ranges are asked for: (query heads, key-value heads)"
+    else:
+        why = _why_queries(got[0], queries, heads, n, rank) or _why_kv(got[1], *wanted, heads, kv, n, rank, ranks)
+    if why:
+        raise Wrong(why, f"heads_of_rank({heads}, {kv}, {rank}, {n})", f"{wanted}", f"{got}")
+
+
+def _why_queries(got, queries, heads, n, rank):
+    each = len(queries)
+    if got == queries:
+        return ""
+    if got == range(rank, heads, n):
+        return "the heads are dealt out one by one: a rank takes heads that follow each other, rank 0 the first ones"
+    if got == range(heads):
+        return "every rank takes all heads: rank is not used"
+    if abs(len(got) - each) == 1:
+        return f"{len(got)} query heads, where {each} are asked for: the stop of a range is not part of it"
+    return f"rank {rank} of {n} takes {each} of {heads} query heads, from {rank} · {each} on"
+
+
+def _why_kv(got, queries, wanted, heads, kv, n, rank, ranks):
+    group, last = heads // kv, queries[-1]
+    if got == wanted:
+        return ""
+    if kv > 1 and _by_remainder(heads, kv, n, ranks):
+        return f"query head h uses key-value head h // {group}, not h % {kv}: heads that share one stand together"
+    if got == range(kv):
+        return "every rank takes all key-value heads: only those that its query heads use are asked for"
+    if got == queries:
+        return "the key-value heads are counted like query heads, but several query heads share one"
+    if kv < n and (not got or got == range(rank * kv // n, (rank + 1) * kv // n)):
+        return f"{kv} key-value heads for {n} ranks: several ranks need the same one, so they cannot be shared out"
+    if got == wanted[:-1] and (last + 1) % group:
+        return f"key-value head {wanted[-1]} is used on two ranks: query head {last} uses it, too"
+    if got == range(wanted[0], wanted[-1] + 2):
+        return f"one key-value head too many: query head {last}, the last one here, uses head {wanted[-1]}"
+    if got == wanted[:-1]:
+        return "the last key-value head is missing: the stop of a range is not part of it"
+    return f"query head h uses key-value head h // {group}, so {_spoken(queries)} use {_spoken(wanted)}"
+
+
 def _by_remainder(heads, kv, n, ranks):
     """Whether the ranks' key-value heads are those of h % kv: right nowhere but by chance."""
     used = [sorted({h % kv for h in range(r * heads // n, (r + 1) * heads // n)}) for r in range(n)]
-    pairs = [got for got in ranks if isinstance(got, (tuple, list)) and len(got) == 2 and isinstance(got[1], range)]
-    return len(pairs) == n > 1 and [list(got[1]) for got in pairs] == [list(range(u[0], u[-1] + 1)) for u in used]
-
-
-def _judge_heads(heads, kv, n, rank, got, by_remainder):
-    each, group = heads // n, heads // kv
-    queries = range(rank * each, (rank + 1) * each)
-    wanted = queries, range(queries[0] // group, queries[-1] // group + 1)
-    where = f"heads_of_rank({heads}, {kv}, {rank}, {n})"
-    shown = {"expected": f"{wanted}", "got": f"{got}"}
-    if got == "ValueError":
-        raise Wrong(f"it raises ValueError, but {heads} heads on {n} ranks are {each} each", where, **shown)
-    if not isinstance(got, (tuple, list)) or len(got) != 2 or not all(isinstance(g, range) for g in got):
-        raise Wrong("two ranges are asked for: (query heads, key-value heads)", where, **shown)
-    if list(got[0]) != list(queries):
-        if list(got[0]) == list(range(rank, heads, n)):
-            why = "the heads are dealt out one by one: a rank takes heads that follow each other, rank 0 the first ones"
-        elif list(got[0]) == list(range(heads)):
-            why = "every rank takes all heads: rank is not used"
-        elif len(got[0]) in (each - 1, each + 1):
-            why = f"{len(got[0])} query heads, where {each} are asked for: the stop of a range is not part of it"
-        else:
-            why = f"rank {rank} of {n} takes {each} of {heads} query heads, from {rank} · {each} on"
-        raise Wrong(why, where, **shown)
-    if list(got[1]) != list(wanted[1]):
-        share = range(rank * kv // n, (rank + 1) * kv // n)
-        if by_remainder and kv > 1:
-            why = f"query head h uses key-value head h // {group}, not h % {kv}: heads that share one stand together"
-        elif list(got[1]) == list(range(kv)):
-            why = "every rank takes all key-value heads: only those that its query heads use are asked for"
-        elif list(got[1]) == list(queries):
-            why = "the key-value heads are counted like query heads, but several query heads share one"
-        elif kv < n and (len(got[1]) == 0 or list(got[1]) == list(share)):
-            why = f"{kv} key-value heads for {n} ranks: several ranks need the same one, so they cannot be shared out"
-        elif list(got[1]) == list(wanted[1])[:-1] and (queries[-1] + 1) % group:
-            why = f"key-value head {wanted[1][-1]} is used on two ranks: query head {queries[-1]} uses it, too"
-        elif list(got[1]) == list(range(wanted[1][0], wanted[1][-1] + 2)):
-            why = f"one key-value head too many: query head {queries[-1]}, the last one here, uses head {wanted[1][-1]}"
-        elif list(got[1]) == list(range(wanted[1][0], wanted[1][-1])):
-            why = "the last key-value head is missing: the stop of a range is not part of it"
-        else:
-            why = f"query head h uses key-value head h // {group}, so {_spoken(queries)} use {_spoken(wanted[1])}"
-        raise Wrong(why, where, **shown)
+    pairs = [got for got in ranks if isinstance(got, (tuple, list)) and len(got) == 2]
+    return n > 1 and [got[1] for got in pairs] == [range(u[0], u[-1] + 1) for u in used]
 
 
 def _spoken(heads):

@@ -1,4 +1,4 @@
-"""Wrong answers to heads_of_rank, as people really write them, and unusual right ones."""
+"""heads_of_rank: wrong answers as people write them, and unusual right ones."""
 
 from tests.lessons.planted import mistake, right
 

@@ -1,4 +1,4 @@
-"""Wrong answers to sequence_parallel_mlp, as people really write them, and unusual right ones."""
+"""sequence_parallel_mlp: wrong answers as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist

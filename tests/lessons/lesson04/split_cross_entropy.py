@@ -1,4 +1,4 @@
-"""Wrong answers to split_cross_entropy, as people really write them, and unusual right ones."""
+"""split_cross_entropy: wrong answers as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist
@@ -164,7 +164,7 @@ def the_courses_own(logits, target, vocabulary):
     return loss.detach(), logits.grad
 
 
-@mistake("split_cross_entropy", "the input `logits` was changed")
+@mistake("split_cross_entropy", "`logits` was changed: += and calls ending in _ write into what was given")
 def in_place(logits, target, vocabulary):
     top = logits.amax(1)
     dist.all_reduce(top, dist.ReduceOp.MAX)

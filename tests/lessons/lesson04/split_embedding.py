@@ -1,4 +1,4 @@
-"""Wrong answers to split_embedding, as people really write them, and unusual right ones."""
+"""split_embedding: wrong answers as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist
@@ -127,7 +127,7 @@ def gathers_the_table(tokens, rows, vocabulary, grad):
     return table[tokens], whole[first:end]
 
 
-@mistake("split_embedding", "the input `tokens` was changed")
+@mistake("split_embedding", "`tokens` was changed: += and calls ending in _ write into what was given")
 def changes_tokens(tokens, rows, vocabulary, grad):
     first, end = edges(vocabulary)
     theirs = (tokens < first) | (tokens >= end)
