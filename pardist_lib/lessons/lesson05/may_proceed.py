@@ -1,4 +1,4 @@
-"""The exercise may_proceed."""
+"""Bounded staleness; typically off by one, compared with others than the slowest, or 0 taken for None."""
 
 import itertools
 
@@ -19,7 +19,12 @@ def check(run):
     [seen] = run(_asked, inputs, n=1)
     if seen.calls:
         raise Wrong(f"it calls {seen.calls[0].op}: this one is plain arithmetic, in one process")
-    _judge_proceed(inputs, seen.result)
+    for (value, intact), case in zip(seen.result, inputs, strict=True):
+        if not isinstance(value, bool):
+            raise Wrong(f"it returns {value!r:.40} ({type_of(value)}): True or False is asked for", _spelled(*case))
+        if not intact:
+            raise Wrong("clocks was changed: only look at it", _spelled(*case))
+    _judge(inputs, [value for value, _ in seen.result])
 
 
 def _asked(answer, inputs):
@@ -30,67 +35,54 @@ def _asked(answer, inputs):
             try:
                 results.append((answer(given, worker, staleness), given == list(clocks)))
             except Exception as error:
-                error.args = (", ".join([*map(str, error.args), _call(clocks, worker, staleness)]),)
+                error.args = (", ".join([*map(str, error.args), _spelled(clocks, worker, staleness)]),)
                 raise
         return results
 
     return watched(all_of_them)
 
 
-def _call(clocks, worker, staleness):
+def _spelled(clocks, worker, staleness):
     return f"may_proceed({list(clocks)}, {worker}, {staleness})"
 
 
-def _judge_proceed(inputs, results):
+RULES = {  # how mistaken answers decide, where there is a bound; c: clocks, w: worker, s: staleness
+    "exactly `staleness` steps ahead may still go on: only more than that has to wait": lambda c, w, s: (
+        c[w] - min(c) < s
+    ),
+    "the wrong way round: it holds the slow worker back, whom all wait for": lambda c, w, s: max(c) - c[w] <= s,
+    "True and False are swapped: the question is whether it may go on": lambda c, w, s: not c[w] - min(c) <= s,
+    "compared with the fastest: the slowest holds the others back": lambda c, w, s: max(c) - min(c) <= s,
+    "compared with the mean of the clocks: the slowest counts": lambda c, w, s: c[w] - sum(c) / len(c) <= s,
+    "the clock itself is compared: it is how far ahead of the slowest it is that counts": lambda c, w, s: c[w] <= s,
+    "one step too generous: staleness + 1 steps ahead has to wait": lambda c, w, s: c[w] - min(c) <= s + 1,
+    "only workers exactly `staleness` ahead, or level, go on: any lead up to it may": lambda c, w, s: (
+        c[w] - min(c) in (0, s)
+    ),
+    "compared with worker 0's clock: the slowest may be another one": lambda c, w, s: c[w] - c[0] <= s,
+    "compared with the next worker's: the slowest may be another one": lambda c, w, s: c[w] - c[(w + 1) % len(c)] <= s,
+    "0 is a bound like any other, not None: `if not staleness` takes it for that": lambda c, w, s: (
+        s == 0 or c[w] - min(c) <= s
+    ),
+    "workers that have not begun are left out: they are the slowest": lambda c, w, s: (
+        c[w] - min(filter(None, c), default=0) <= s
+    ),
+    "only the slowest may go on": lambda c, w, s: c[w] == min(c),
+}
+
+
+def _judge(inputs, got):
     expected = [s is None or c[w] - min(c) <= s for c, w, s in inputs]
-    labels = [_call(*one) for one in inputs]
-    got = []
-    for (value, kept), label in zip(results, labels, strict=True):
-        if not isinstance(value, bool):
-            raise Wrong(f"it returns {value!r:.40} ({type_of(value)}): True or False is asked for", label)
-        if not kept:
-            raise Wrong("clocks was changed: only look at it", label)
-        got.append(value)
-    mistakes = [
-        ("exactly `staleness` steps ahead may still go on: only more than that has to wait",
-         lambda c, w, s: c[w] - min(c) < s),
-        ("the wrong way round: it holds the slow worker back, who is the one that all wait for",
-         lambda c, w, s: max(c) - c[w] <= s),
-        ("True and False are swapped: the question is whether it may go on", lambda c, w, s: not c[w] - min(c) <= s),
-        ("compared with the fastest: the slowest is the one that holds the others back",
-         lambda c, w, s: max(c) - min(c) <= s),
-        ("compared with the mean of the clocks: the slowest is the one that counts",
-         lambda c, w, s: c[w] - sum(c) / len(c) <= s),
-        ("the clock itself is compared: it is how far ahead of the slowest it is that counts",
-         lambda c, w, s: c[w] <= s),
-        ("one step too generous: staleness + 1 steps ahead has to wait", lambda c, w, s: c[w] - min(c) <= s + 1),
-        ("only workers exactly `staleness` ahead, or level, are looked at: any lead up to it may go on",
-         lambda c, w, s: c[w] - min(c) in (0, s)),
-        ("compared with worker 0's clock: the slowest may be another one", lambda c, w, s: c[w] - c[0] <= s),
-        ("compared with the next worker's clock: the slowest may be another one",
-         lambda c, w, s: c[w] - c[(w + 1) % len(c)] <= s),
-        ("0 is a bound like any other, not None: `if not staleness` takes it for that",
-         lambda c, w, s: s == 0 or c[w] - min(c) <= s),
-        ("workers that have not begun are left out: they are the slowest",
-         lambda c, w, s: c[w] - min((x for x in c if x), default=0) <= s),
-        ("only the slowest may go on", lambda c, w, s: c[w] == min(c)),
-    ]  # fmt: skip
     if got == expected:
         return
-    no_bound = [i for i, (*_, s) in enumerate(inputs) if s is None]
     first = next(i for i in range(len(got)) if got[i] != expected[i])
-    if all(not got[i] for i in no_bound) and all(got[i] == expected[i] for i in range(len(got)) if i not in no_bound):
+    (clocks, worker, _), bounded = inputs[first], [i for i, (*_, s) in enumerate(inputs) if s is not None]
+    ahead, done = clocks[worker] - min(clocks), "let go" if got[first] else "held back"
+    why = f"the worker is {done}, {ahead} step{'s' * (ahead != 1)} ahead of the slowest"
+    why = next((said for said, rule in RULES.items() if all(rule(*inputs[i]) == got[i] for i in bounded)), why)
+    if got == [i in bounded and expected[i] for i in range(len(got))]:
         why = "staleness None means that nobody waits"
-    else:
-        why = "the worker is let go" if got[first] else "the worker is held back"
-        clocks, worker, _ = inputs[first]
-        ahead = clocks[worker] - min(clocks)
-        why += f", {ahead} step{'s' * (ahead != 1)} ahead of the slowest"
-        for said, rule in mistakes:
-            if all(s is None or rule(c, w, s) == g for (c, w, s), g in zip(inputs, got, strict=True)):
-                why = said
-                break
-    raise Wrong(why, labels[first], str(expected[first]), str(got[first]))
+    raise Wrong(why, _spelled(*inputs[first]), str(expected[first]), str(got[first]))
 
 
 exercise = Exercise(hints, check)

@@ -1,11 +1,11 @@
-"""The exercise server_round."""
+"""A synchronous round by send and receive; typically answers before all gradients, sums, a 0 written into it."""
 
 import torch
 import torch.distributed as dist
 
 from pardist_lib.ranks.report import plural
 
-from ..exercises.cases import F32, F64, values
+from ..exercises.cases import F32, F64, values, what_is_new
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, by_hand, peers, same, sent
 from ..exercises.watch import watched
@@ -20,110 +20,102 @@ hints = (
 
 
 def check(run):
-    cases = [  # n, shape, dtype, lr, server
-        (4, (6,), F64, 0.5, 0),
-        (4, (3, 5), F32, 0.1, 0),
-        (4, (5,), F64, 0.1, 2),
-        (3, (7,), F64, 0.25, 2),
-        (2, (4,), F64, 2.0, 1),
-        (4, (), F64, 0.3, 3),
-    ]
-    for seed, (n, shape, dtype, lr, server) in enumerate(cases):
+    for seed, (n, shape, dtype, lr, server, new) in enumerate(CASES):
         about = f"{n} ranks, rank {server} serves, theta of shape {shape}"
-        try:
+        with what_is_new(new):
             seen = run(_round, shape, dtype, lr, server, seed, n=n, about=about)
-            _judge_round(seen, shape, dtype, lr, server, seed, about)
-        except Wrong as wrong:
-            if seed == 2:  # the first case in which another rank serves
-                works = "it works where rank 0 serves, but not where rank 2 does (is a 0 written into it?)"
-                wrong.diagnosis = f"{works}: {wrong.diagnosis}"
-            raise
+            by_hand(seen)
+            for rank, one in enumerate(seen):
+                if one.kept["changed"]:
+                    raise Wrong("the worker's `gradient` was changed: it is only to be sent", f"rank {rank}, {about}")
+            _judge(seen, lr, server, about)
+
+
+CASES = [  # ranks, shape, dtype, lr, server, what is new in it
+    (4, (6,), F64, 0.5, 0, ""),
+    (4, (3, 5), F32, 0.1, 0, ""),
+    (4, (5,), F64, 0.1, 2, "it works where rank 0 serves, but not where rank 2 does (is a 0 written into it?)"),
+    (3, (7,), F64, 0.25, 2, ""),
+    (2, (4,), F64, 2.0, 1, ""),
+    (4, (), F64, 0.3, 3, ""),
+]
 
 
 def _round(answer, shape, dtype, lr, server, seed):
     """On a rank: one round; a worker begins with other parameters than the server's."""
     rank = dist.get_rank()
     theta, gradient = values(shape, dtype, rank, seed), values(shape, dtype, 50 + rank, seed)
-    kept = gradient.clone()
+    given = {"start": theta.clone(), "gradient": gradient.clone()}
     seen = watched(answer, theta, None if rank == server else gradient, lr, server)
-    seen.kept = {"theta": theta, "gradient changed": not torch.equal(kept, gradient)}
+    seen.kept = given | {"theta": theta, "changed": not torch.equal(gradient, given["gradient"])}
     return seen
 
 
-def _judge_round(seen, shape, dtype, lr, server, seed, about):
-    n = len(seen)
-    by_hand(seen)
-    workers = [r for r in range(n) if r != server]
-    start = [values(shape, dtype, r, seed) for r in range(n)]
-    gradients = {r: values(shape, dtype, 50 + r, seed) for r in workers}
-    theta, total = start[server], sum(gradients.values())
+def _judge(seen, lr, server, about):
+    n, start = len(seen), [one.kept["start"] for one in seen]
+    gradients = {rank: one.kept["gradient"] for rank, one in enumerate(seen) if rank != server}
+    workers, theta, total = list(gradients), start[server], sum(gradients.values())
     mean = total / len(workers)
+    new = theta - lr * mean
 
-    def all_ranks(value):
-        return [value] * n
+    def workers_have(value):
+        """What the ranks have when the server's theta is right, and a worker's is value, or value(worker)."""
+        return [new if r == server else value(r) if callable(value) else value for r in range(n)]
 
-    mistakes = [
-        ("the workers get the parameters of before the step: first all gradients, then the step, then the answers",
-         [theta - lr * mean if r == server else theta for r in range(n)]),
-        ("the workers do not get the new parameters: theta is received into something else, or not at all",
-         [theta - lr * mean if r == server else start[r] for r in range(n)]),
-        ("the server sends new parameters, but its own stay as they were: theta -= … changes them in place",
-         [theta if r == server else theta - lr * mean for r in range(n)]),
-        ("the workers' theta holds the mean gradient: the server sends back parameters",
-         [theta - lr * mean if r == server else mean for r in range(n)]),
-        ("the workers' theta holds the sum of the gradients: the server sends back parameters",
-         [theta - lr * mean if r == server else total for r in range(n)]),
-        ("the sum of the gradients is applied: divide by the number of workers", all_ranks(theta - lr * total)),
-        (f"divided by all {n} ranks: the server has no gradient, the mean is over the {n - 1} workers" if n == 4 else
-         f"divided by {n}, where there are {n - 1} workers: is that number written into it?",
-         all_ranks(theta - lr * total / n)),
-        (f"divided by 3, where there are {n - 1} workers: is that number written into it?",
-         all_ranks(theta - lr * total / 3)),
-        ("this is the mean of the workers' parameters after a step of their own, from old ones: push gradients, and "
-         "step from the server's", all_ranks(sum(start[r] - lr * gradients[r] for r in workers) / len(workers))),
-        ("the sign is wrong: a step goes against the gradient", all_ranks(theta + lr * mean)),
-        ("lr is missing", all_ranks(theta - mean)),
-        ("this is the mean gradient itself: theta has to make a step with it", all_ranks(mean)),
-        ("this is lr times the mean gradient: subtract it from theta", all_ranks(lr * mean)),
-        *((f"only worker {r}'s gradient is applied: each one overwrites what came before, add them up",
-           all_ranks(theta - lr * gradients[r])) for r in (workers[-1], workers[0])),
-        *((f"only worker {r}'s gradient arrives, and it counts as one of {n - 1}",
-           all_ranks(theta - lr * gradients[r] / len(workers))) for r in (workers[-1], workers[0])),
-        ("each worker has stepped from its own old parameters: the server's are the ones that count",
-         [start[r] - lr * mean for r in range(n)]),
-        ("each worker has made a step with its own gradient",
-         [theta - lr * mean if r == server else start[r] - lr * gradients[r] for r in range(n)]),
-        ("each worker is answered before the others' gradients are in: synchronous means that all wait for all",
-         _one_by_one(start, gradients, lr, server, workers, len(workers))),
-        ("each gradient is applied by itself with the full lr, and each worker answered at once: that is the "
-         "asynchronous server", _one_by_one(start, gradients, lr, server, workers, 1)),
-        ("lr is applied twice", all_ranks(theta - lr * lr * mean)),
-        (f"divided twice by {n - 1}", all_ranks(theta - lr * mean / (n - 1))),
-    ]  # fmt: skip
-    for rank, one in enumerate(seen):
-        if one.kept["gradient changed"]:
-            raise Wrong("the worker's `gradient` was changed: it is only to be sent", f"rank {rank}, {about}")
-    same([one.kept["theta"] for one in seen], all_ranks(theta - lr * mean), "theta", about, mistakes, start)
-    size, made, to = theta.numel() * theta.element_size(), sent(seen), peers(seen)
+    def one_by_one(parts):
+        """What they have when the server steps at each gradient as it comes, divided by parts, and answers at once."""
+        held, now = list(start), theta
+        for r in workers:
+            held[r] = now = now - lr * gradients[r] / parts
+        held[server] = now
+        return held
+
+    written_in = "workers: is that number written into it?"
+    divided = f"divided by {n}, where there are {n - 1} {written_in}"
+    if n == 4:
+        divided = f"divided by all {n} ranks: the server has no gradient, the mean is over the {n - 1} workers"
+    old = "the workers get the parameters of before the step: first all gradients, then the step, then the answers"
+    lost = "the workers do not get the new parameters: theta is received into something else, or not at all"
+    stays = "the server sends new parameters, but its own stay as they were: theta -= … changes them in place"
+    own = "this is the mean of the workers' parameters after a step of their own, from old ones: the server is to step"
+    early = "each worker is answered before the others' gradients are in: synchronous means that all wait for all"
+    each = "each gradient is applied by itself with the full lr, and each worker answered at once: that is asynchronous"
+    last = "gradient is applied: each one overwrites what came before, add them up"
+    one = f"gradient arrives, and it counts as one of {n - 1}"
+    mistakes = {
+        old: workers_have(theta),
+        lost: workers_have(lambda r: start[r]),
+        stays: [theta if r == server else new for r in range(n)],
+        "the workers' theta holds the mean gradient: the server sends back parameters": workers_have(mean),
+        "the workers' theta holds the sum of the gradients: the server sends back parameters": workers_have(total),
+        "the sum of the gradients is applied: divide by the number of workers": theta - lr * total,
+        divided: theta - lr * total / n,
+        f"divided by 3, where there are {n - 1} {written_in}": theta - lr * total / 3,
+        own: sum(start[r] - lr * gradients[r] for r in workers) / len(workers),
+        "the sign is wrong: a step goes against the gradient": theta + lr * mean,
+        "lr is missing": theta - mean,
+        "this is the mean gradient itself: theta has to make a step with it": mean,
+        "this is lr times the mean gradient: subtract it from theta": lr * mean,
+        **{f"only worker {r}'s {last}": theta - lr * gradients[r] for r in (workers[-1], workers[0])},
+        **{f"only worker {r}'s {one}": theta - lr * gradients[r] / (n - 1) for r in (workers[-1], workers[0])},
+        "each worker has stepped from its own old parameters: the server's count": [held - lr * mean for held in start],
+        "each worker has made a step with its own gradient": workers_have(lambda r: start[r] - lr * gradients[r]),
+        early: one_by_one(n - 1),
+        each: one_by_one(1),
+        "lr is applied twice": theta - lr * lr * mean,
+        f"divided twice by {n - 1}": theta - lr * mean / (n - 1),
+    }
+    same([one.kept["theta"] for one in seen], new, "theta", about, mistakes.items(), start)
     for rank in workers:
-        if to[rank] - {server}:
-            why = f"worker {rank} sends to {plural(sorted(to[rank]))}: workers talk to the server only"
+        if others := peers(seen)[rank] - {server}:
+            why = f"worker {rank} sends to {plural(sorted(others))}: workers talk to the server only"
             raise Wrong(f"the result is right, but {why}", about)
-    wanted = [size * len(workers) if r == server else size for r in range(n)]
-    if made != wanted:
-        rank = next(r for r in range(n) if made[r] != wanted[r])
-        why = f"the result is right, but rank {rank} sends {made[rank]:,} bytes where {wanted[rank]:,} are enough"
-        raise Wrong(f"{why}: one tensor up and one down for each worker", about, f"{wanted} bytes, rank by rank",
-                    f"{made} bytes")  # fmt: skip
-
-
-def _one_by_one(start, gradients, lr, server, workers, parts):
-    held, now = list(start), start[server]
-    for r in workers:
-        now = now - lr * gradients[r] / parts
-        held[r] = now
-    held[server] = now
-    return held
+    made, wanted = sent(seen), [theta.nbytes * (n - 1 if r == server else 1) for r in range(n)]
+    for rank, (size, fair) in enumerate(zip(made, wanted, strict=True)):
+        if size != fair:
+            why = f"rank {rank} sends {size:,} bytes where {fair:,} are enough: one tensor up, one down for each worker"
+            shown = f"{wanted} bytes, rank by rank", f"{made} bytes"
+            raise Wrong(f"the result is right, but {why}", about, *shown)
 
 
 exercise = Exercise(hints, check)

@@ -1,4 +1,4 @@
-"""Wrong answers to apply_stale, as people really write them, and unusual right ones."""
+"""apply_stale: wrong answers as people write them, and unusual right ones."""
 
 from tests.lessons.planted import mistake, right
 

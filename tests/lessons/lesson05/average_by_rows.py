@@ -1,4 +1,4 @@
-"""Wrong answers to average_by_rows, as people really write them, and unusual right ones."""
+"""average_by_rows: wrong answers as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist

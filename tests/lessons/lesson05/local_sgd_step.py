@@ -1,4 +1,4 @@
-"""Wrong answers to local_sgd_step, as people really write them, and unusual right ones."""
+"""local_sgd_step: wrong answers as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ def averages_first(model, optimizer, step, k):
     optimizer.step()
 
 
-@mistake("local_sgd_step", "the parameters are to be averaged, not the gradients")
+@mistake("local_sgd_step", "average the parameters, not the gradients")
 def averages_gradients(model, optimizer, step, k):
     if (step + 1) % k == 0:
         for p in model.parameters():
@@ -41,7 +41,7 @@ def averages_gradients(model, optimizer, step, k):
     optimizer.step()
 
 
-@mistake("local_sgd_step", "the parameters are to be averaged, not the gradients")
+@mistake("local_sgd_step", "average the parameters, not the gradients")
 def gradients_after_the_step(model, optimizer, step, k):
     optimizer.step()
     if (step + 1) % k == 0:

@@ -1,4 +1,4 @@
-"""Wrong answers to may_proceed, as people really write them, and unusual right ones."""
+"""may_proceed: wrong answers as people write them, and unusual right ones."""
 
 from tests.lessons.planted import mistake, right
 

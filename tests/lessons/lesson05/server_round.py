@@ -1,4 +1,4 @@
-"""Wrong answers to server_round, as people really write them, and unusual right ones."""
+"""server_round: wrong answers as people write them, and unusual right ones."""
 
 import torch
 import torch.distributed as dist
