@@ -1,14 +1,14 @@
-"""The exercise average_in_hooks."""
+"""Means made in hooks, during backward. Typical: the parameter averaged, the loop's variable, register_hook."""
 
 import torch
 import torch.distributed as dist
 
-from ..exercises.cases import F32, F64, values
+from ..exercises.cases import F32, F64, groups_of, own_group, values
 from ..exercises.exercise import Exercise
-from ..exercises.gradients import PAIRS, Sample, gradients, judge_average, loss_of, rows_of_rank
+from ..exercises.gradients import Sample, gradients, judge_average, loss_of, rows_of_rank
 from ..exercises.judge import Wrong
-from ..exercises.watch import calls_so_far, watched
-from .shared import group
+from ..exercises.watch import calls_so_far
+from .shared import watched_on
 
 hints = (
     "p.register_post_accumulate_grad_hook(f) calls f(p) in every backward, once p.grad is complete. What it is "
@@ -20,45 +20,32 @@ hints = (
 
 
 def check(run):
-    cases = [
-        (4, F64, False, False, False), (4, F32, True, False, False), (4, F64, True, True, False),
-        (3, F64, True, False, False), (4, F64, True, False, True), (4, F64, True, False, False, True),
-        (4, F64, True, False, False, False, 1),
-    ]  # fmt: skip
-    for n, dtype, same_weights, in_pairs, second, *more in cases:
-        placed, zero = any(more[:1]), len(more) > 1
-        about = "two groups of 2 ranks" if in_pairs else f"{n} ranks"
-        about += ", the second backward" if second else ", a parameter added to a layer's result" if placed else ""
-        about += ", all gradients of rank 1 zero" if zero else ""
-        stuck = "rank 1 does not make the calls that the others make: its gradients are zero here, and count" * zero
-        seen = run(_hooked, dtype, same_weights, in_pairs, second, *more, n=n, about=about, stuck=stuck)
+    cases = [  # ranks, dtype, and what is not as in the others
+        (4, F64, "other weights on each rank", "4 ranks"),
+        (4, F32, "", "4 ranks"),
+        (4, F64, "in pairs", "two groups of 2 ranks"),
+        (3, F64, "", "3 ranks"),
+        (4, F64, "second", "4 ranks, the second backward"),
+        (4, F64, "placed", "4 ranks, a parameter added to a layer's result"),
+        (4, F64, "zeros", "4 ranks, all gradients of rank 1 zero"),
+    ]
+    for n, dtype, case, about in cases:
+        stuck = "rank 1 does not make the calls that the others make: its gradients are zero here, and count"
+        seen = run(_hooked, dtype, case, n=n, about=about, stuck=stuck * (case == "zeros"))
         try:
-            judge_average(seen, PAIRS if in_pairs else [list(range(n))], about)
+            judge_average(seen, groups_of(case == "in pairs", n), about)
         except Wrong as wrong:
             if wrong.diagnosis.startswith("the weights have changed"):
                 wrong.diagnosis = f"a hook is given the parameter p, not its gradient p.grad: {wrong.diagnosis}"
             elif wrong.diagnosis.startswith("only extra.bias is averaged"):
                 wrong.diagnosis += ". Does the hook use the loop's variable, which is the last parameter by then?"
-            elif placed:
-                wrong.diagnosis = (
-                    "register_hook is given a gradient on its way: the layers below are computed from the same "
-                    f"tensor, so average a copy of it ({wrong.diagnosis})"
-                )
+            elif case == "placed":
+                why = "register_hook is given a gradient on its way: the layers below are computed from the same tensor"
+                wrong.diagnosis = f"{why}, so average a copy of it ({wrong.diagnosis})"
             raise
         for rank, one in enumerate(seen):
-            if one.kept["early"]:
-                raise Wrong(
-                    f"{one.kept['early']} calls are made before there is any gradient: average in the hooks only",
-                    f"rank {rank}, {about}",
-                )
-            if one.kept["made"]:
-                why = f"{one.kept['made'][0]} has a gradient before any backward: what no rank uses would keep it"
+            for why in one.kept["besides"]:
                 raise Wrong(why, f"rank {rank}, {about}")
-            if not one.kept["within"]:
-                raise Wrong(
-                    "the means are made after backward, not in it: each gradient's hook makes its own",
-                    f"rank {rank}, {about}",
-                )
 
 
 class Placed(Sample):
@@ -72,36 +59,34 @@ class Placed(Sample):
         return self.extra(torch.tanh(self.fc2(torch.tanh(self.fc1(x)) + self.place)))
 
 
-def _hooked(answer, dtype, same_weights, in_pairs, second, placed=False, zero_on=None):
-    rank, kept, kind = dist.get_rank(), {}, Placed if placed else Sample
-    model, twin = (kind(1 if same_weights else 1 + rank, dtype) for _ in range(2))
-    scale = float(rank != zero_on)
-    (loss_of(twin, rows_of_rank(1 + second, rank, dtype)) * scale).backward()
-    before, weights = gradients(twin), {name: p.detach().clone() for name, p in model.named_parameters()}
+def _hooked(answer, dtype, case):
+    rank, kind, last = dist.get_rank(), Placed if case == "placed" else Sample, 1 + (case == "second")
+    model, twin = (kind(1 + rank * case.startswith("other"), dtype) for _ in range(2))
+    besides, at = [], {"the beginning": calls_so_far(), "first layer": 0}
 
-    trainable = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
-
-    def first_layer(gradient):  # the last one to be computed
-        kept["within"] = calls_so_far() > kept["started"]
+    def backward(model, number):
+        model.zero_grad()
+        at["last backward"] = calls_so_far()
+        loss = loss_of(model, rows_of_rank(number, rank, dtype))
+        (loss * float(case != "zeros" or rank != 1)).backward()
 
     def everything():
-        sequence = calls_so_far()
-        answer(model, **group(in_pairs))
-        kept["early"] = calls_so_far() - sequence
-        kept["made"] = [name for name, p in model.named_parameters() if p.grad is not None]
-        model.fc1.weight.register_hook(first_layer)
-        for backward in range(1 + second):
-            model.zero_grad()
-            kept["started"], kept["earlier calls"] = calls_so_far(), calls_so_far() - sequence
-            (loss_of(model, rows_of_rank(1 + backward, rank, dtype)) * scale).backward()
+        answer(model, **own_group(case == "in pairs"))
+        if early := calls_so_far() - at["the beginning"]:
+            besides.append(f"{early} calls are made before there is any gradient: average in the hooks only")
+        if made := [name for name, p in model.named_parameters() if p.grad is not None]:
+            besides.append(f"{made[0]} has a gradient before any backward: what no rank uses would keep it")
+        model.fc1.weight.register_hook(lambda gradient: at.update({"first layer": calls_so_far()}))  # the last to come
+        for number in range(1, last + 1):
+            backward(model, number)
 
-    seen = watched(everything)
-    seen.calls = seen.calls[kept["earlier calls"] :] if second else seen.calls
+    backward(twin, last)
+    seen = watched_on(model, everything)
+    if at["first layer"] <= at["last backward"]:
+        besides.append("the means are made after backward, not in it: each gradient's hook makes its own")
+    seen.calls = seen.calls[(at["last backward"] - at["the beginning"]) * (case == "second") :]
     seen.ops = set()  # backward's own divisions are among them
-    touched = [name for name, p in model.named_parameters() if not torch.equal(p, weights[name])]
-    turned = [name for name, p in model.named_parameters() if p.requires_grad != (name in trainable)]
-    seen.kept = {"before": before, "after": gradients(model), "touched": touched, "turned": turned, **kept}
-    seen.kept["trainable"] = trainable
+    seen.kept |= {"before": gradients(twin), "besides": besides}
     return seen
 
 

@@ -1,15 +1,13 @@
-"""The exercise reduce_buckets."""
+"""Full buckets reduced while others fill. Typical: each as it arrives, all at the end, one for each arrival."""
 
 import torch
 import torch.distributed as dist
 from torch.distributed import Work
 
-from ..exercises.cases import F32, F64, values
+from ..exercises.cases import F32, F64, groups_of, own_group, values
 from ..exercises.exercise import Exercise
-from ..exercises.gradients import PAIRS
-from ..exercises.judge import Wrong, only_calls, same
+from ..exercises.judge import Wrong, only_calls, only_within, same
 from ..exercises.watch import calls_so_far, watched
-from .shared import group, in_their_group
 
 hints = (
     "An all_reduce meets the other ranks' all_reduce that was called in the same place of their sequence, whatever "
@@ -21,8 +19,7 @@ hints = (
 
 
 def check(run):
-    stuck = "the ranks do not start the same buckets in the same order: what is full first differs from rank to rank"
-    cases = [  # sizes of the buckets, order of arrival on each rank
+    cases = [  # sizes of the buckets, order of arrival on each rank, in pairs
         ([4, 4, 4], [[0, 1, 2]] * 4, False),
         ([4, 4, 4], [[2, 0, 1]] * 4, False),
         ([4, 4, 4], [[0, 1, 2], [2, 1, 0], [1, 2, 0], [2, 0, 1]], False),
@@ -30,82 +27,84 @@ def check(run):
         ([3, 3], [[1, 0], [0, 1], [0, 1], [1, 0]], True),
         ([6], [[0]] * 2, False),
     ]
+    stuck = "the ranks do not start the same buckets in the same order: what is full first differs from rank to rank"
+    because = {"": "it calls {op}: one all_reduce of each bucket is all that is needed"}
     for sizes, orders, in_pairs in cases:
         n, dtype = len(orders), F64 if len(sizes) % 2 else F32
         about = f"{len(sizes)} buckets on " + ("two groups of 2 ranks" if in_pairs else f"{n} ranks")
         seen = run(_reduced, sizes, orders, dtype, in_pairs, n=n, about=about, stuck=stuck)
-        for members in PAIRS if in_pairs else [list(range(n))]:
-            _judge_buckets([seen[r] for r in members], members, sizes, [orders[r] for r in members], dtype, about)
+        only_calls(seen, ("all_reduce",), because)
+        for members in groups_of(in_pairs, n):
+            mine, own_orders = [seen[r] for r in members], [orders[r] for r in members]
+            only_within(members, mine, about)
+            _judge_means(members, mine, sizes, own_orders, dtype, about)
+            _judge_starts(members, mine, own_orders, about)
 
 
 def _reduced(answer, sizes, orders, dtype, in_pairs):
-    rank = dist.get_rank()
+    rank, begun, waits, started, waited = dist.get_rank(), calls_so_far(), [], [], []
     buckets = [values((size,), dtype, rank, number) for number, size in enumerate(sizes)]
-    given, started, waited, begun, waits = list(buckets), [], [], calls_so_far(), [0]
     plain = Work.wait, torch._C.Future.wait
 
-    def counted(wait):
-        def waiting(*args, **kwargs):
-            waits[0] += 1
-            return wait(*args, **kwargs)
-
-        return waiting
+    def noted(wait):
+        return lambda *args, **options: waits.append(wait) or wait(*args, **options)
 
     def arriving():
         for number in orders[rank]:
             yield number, buckets[number]
             started.append(calls_so_far() - begun)
-            waited.append(waits[0])
+            waited.append(bool(waits))
 
-    Work.wait, torch._C.Future.wait = map(counted, plain)
+    Work.wait, torch._C.Future.wait = map(noted, plain)
     try:
-        seen = watched(answer, arriving(), **group(in_pairs))
+        seen = watched(answer, arriving(), **own_group(in_pairs))
     finally:
         Work.wait, torch._C.Future.wait = plain
-    seen.kept = {"after": given, "started": started, "waited": waited}
+    seen.kept = {"after": buckets, "started": started, "waited": any(waited)}
     return seen
 
 
-def _judge_buckets(mine, members, sizes, orders, dtype, about):
+def _judge_means(members, mine, sizes, orders, dtype, about):
     n = len(members)
-    only_calls(mine, ("all_reduce",), {"": "it calls {op}: one all_reduce of each bucket is all that is needed"})
-    in_their_group(members, mine, about)
     inputs = [[values((size,), dtype, rank, number) for rank in members] for number, size in enumerate(sizes)]
+    why = f"the sum was not divided by {n}, the number of ranks"
+    if mine[0].ops & {"div", "mul"}:
+        why = f"the sum was divided by {n} into a new tensor that is not the bucket: divide in place, bucket /= n"
+    never = "one arrival may set free several buckets, so start while there is a next one"
+    if all(len(one.calls) == len(sizes) for one in mine):
+        never = "what was reduced is a copy"
     for number, own in enumerate(inputs):
-        total = sum(own)
-        never = "one arrival may set free several buckets, so start while there is a next one"
-        if all(len(one.calls) == len(sizes) for one in mine):
-            never = "what was reduced is a copy"
-        rebound = mine[0].ops & {"div", "mul"}
         mistakes = [
-            (f"the sum was divided by {n} into a new tensor that is not the bucket: divide in place, bucket /= n"
-             if rebound else f"the sum was not divided by {n}, the number of ranks", [total] * n),
+            (why, sum(own)),
             (f"bucket {number} was never reduced: {never}", own),
-            (f"divided by the number of all ranks, 4, where the group has {n}", [total / 4] * n),
-            (f"divided twice by {n}", [total / n**2] * n),
-        ]  # fmt: skip
+            (f"divided by the number of all ranks, 4, where the group has {n}", sum(own) / 4),
+            (f"divided twice by {n}", sum(own) / n**2),
+        ]
         if len(set(sizes)) == 1:
             place = [order.index(number) for order in orders]  # when this bucket arrived on each rank
-            mixed = [sum(inputs[o[at]][r] for r, o in enumerate(orders)) for at in place]
-            why = "different buckets were added up: each rank reduces what is full first, and that differs"
-            mistakes += [(why, [m / n for m in mixed]), (why, mixed)]
+            mixed = [sum(inputs[order[at]][r] for r, order in enumerate(orders)) for at in place]
+            mixed_up = "different buckets were added up: each rank reduces what is full first, and that differs"
+            mistakes += [(mixed_up, [m / n for m in mixed]), (mixed_up, mixed)]
         after = [one.kept["after"][number] for one in mine]
-        same(after, [total / n] * n, f"bucket {number}", about, mistakes, own, members)
+        same(after, sum(own) / n, f"bucket {number}", about, mistakes, own, members)
+
+
+def _judge_starts(members, mine, orders, about):
+    """Raise Wrong unless each bucket is started once, as soon as those before it are here, and none is waited for."""
     for rank, one, order in zip(members, mine, orders, strict=True):
-        ready = [next((i for i in range(len(sizes) + 1) if i not in order[:k]), 0) for k in range(1, len(order) + 1)]
-        shown = {"expected": f"started after each arrival: {ready}", "got": f"{one.kept['started']}"}
-        where = f"rank {rank}, {about}, which arrive in the order {order}"
-        if len(one.calls) != len(sizes):
-            raise Wrong(f"all_reduce is called {len(one.calls)} times for {len(sizes)} buckets", where)
-        if one.kept["started"] != ready[: len(one.kept["started"])] or len(one.kept["started"]) < len(order):
-            early = any(a > b for a, b in zip(one.kept["started"], ready, strict=False))
+        where, started = f"rank {rank}, {about}, which arrive in the order {order}", one.kept["started"]
+        count = range(1, len(order) + 1)
+        ready = [next(i for i in (0, *count) if i not in order[:arrived]) for arrived in count]
+        if len(one.calls) != len(order):
+            raise Wrong(f"all_reduce is called {len(one.calls)} times for {len(order)} buckets", where)
+        if started != ready:
             why = "a bucket is started later than it could be"
-            if early:
+            if any(a > b for a, b in zip(started, ready, strict=False)):
                 why = "a bucket is started before its turn: on another rank another one may be full first"
-            elif not any(one.kept["started"][:-1]):
+            elif not any(started[:-1]):
                 why = "nothing is started before the last bucket is here: backward and communication do not overlap"
-            raise Wrong(why, where, **shown)
-        if any(one.kept["waited"]):
+            raise Wrong(why, where, f"started after each arrival: {ready}", f"{started}")
+        if one.kept["waited"]:
             raise Wrong("it waits for a bucket before the last one is here: meanwhile backward stands still", where)
 
 

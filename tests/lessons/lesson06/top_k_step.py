@@ -95,7 +95,7 @@ def sends_zeros_along(gradient, residual, k, group=None):
     return mean / dist.get_world_size(group), rest
 
 
-@mistake("top_k_step", "gradient or residual was changed")
+@mistake("top_k_step", "`residual` was changed")
 def adds_in_place(gradient, residual, k, group=None):
     residual += gradient
     return step(residual, torch.zeros_like(residual), k, group)
