@@ -1,4 +1,4 @@
-"""The exercise padded_shard."""
+"""A rank's part of a padded flat parameter. Typical: rounded down, beyond the end, all padding on every rank."""
 
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, type_of
@@ -17,55 +17,52 @@ def check(run):
     cases = [(8, 4), (10, 4), (7, 3), (5, 4), (3, 4), (0, 2), (6, 1), (1_000_003, 64)]
     [seen] = run(_all_shards, cases, n=1)
     for (numel, n), shards in zip(cases, seen.result, strict=True):
-        _judge_shards(numel, n, shards)
+        for rank, got in enumerate(shards):
+            at, expected = f"rank {rank}, {numel:,} elements on {n} rank{'s' * (n > 1)}", _shard(numel, rank, n)
+            if not isinstance(got, (tuple, list)) or len(got) != 3:
+                raise Wrong(f"it returns {type_of(got)}: three whole numbers (start, stop, padding) are asked for", at)
+            if tuple(got) != expected or any(type(v) is not int for v in got):
+                raise Wrong(_why(numel, n, rank, tuple(got), expected), at, str(expected), str(got))
 
 
 def _all_shards(answer, cases):
     return watched(lambda: [[answer(numel, rank, n) for rank in range(n)] for numel, n in cases])
 
 
-def _judge_shards(numel, n, shards):
+def _shard(numel, rank, n):
     length = -(-numel // n)
-    right = [(min(r * length, numel), min((r + 1) * length, numel)) for r in range(n)]
-    right = [(start, stop, length - (stop - start)) for start, stop in right]
-    for rank, (got, want) in enumerate(zip(shards, right, strict=True)):
-        where = f"rank {rank}, {numel:,} elements on {n} rank{'s' * (n > 1)}"
-        shown = {"expected": str(want), "got": str(got)}
-        if not isinstance(got, (tuple, list)) or len(got) != 3:
-            raise Wrong(f"it returns {type_of(got)}: three whole numbers (start, stop, padding) are asked for", where)
-        if strange := [v for v in got if not isinstance(v, int) or isinstance(v, bool)]:
-            use = "use // instead of /" if isinstance(strange[0], float) else f"a {type_of(strange[0])} is among them"
-            raise Wrong(f"whole numbers (int) are asked for: {use}", where, **shown)
-        if tuple(got) != want:
-            raise Wrong(_why(numel, n, rank, got, want, length), where, **shown)
+    start, stop = min(rank * length, numel), min((rank + 1) * length, numel)
+    return start, stop, length - (stop - start)
 
 
-def _why(numel, n, rank, got, want, length):
-    start, stop, padding = got
-    down, (start_wanted, stop_wanted, _) = numel // n, want
-    four = -(-numel // 4)
-    if n != 4 and tuple(got) == (a := min(rank * four, numel), b := min(a + four, numel), four - (b - a)):
+def _why(numel, n, rank, got, expected):
+    (start, stop, padding), (right_start, right_stop, right_padding) = got, expected
+    length, down = -(-numel // n), numel // n
+    if strange := [v for v in got if type(v) is not int]:
+        use = "use // instead of /" if isinstance(strange[0], float) else f"a {type_of(strange[0])} is among them"
+        return f"whole numbers (int) are asked for: {use}"
+    evenly = [sum(down + (r < numel % n) for r in range(until)) for until in (rank, rank + 1)]
+    if n != 4 and got == _shard(numel, rank, 4):
         return f"this is right for 4 ranks, and here are {n}: is a 4 written into it?"
-    if numel % n and stop - start == down and length > down and stop == (rank + 1) * down:
+    if numel % n and stop - start == down and stop == (rank + 1) * down:
         return f"shards of {down} elements hold {n * down} of {numel}: the length has to be rounded up"
     if stop > numel:
         return f"stop is {stop}, but the line has {numel} elements: what lies beyond is padding"
     if start > stop:
         return f"start {start} is beyond stop {stop}: a shard of padding alone begins and ends at {numel}"
-    if start == stop and start_wanted == numel:
+    if start == stop and right_start == numel:
         return f"a shard of padding alone begins and ends at the line's end, at {numel}"
-    if start == start_wanted and stop == stop_wanted - start_wanted != stop_wanted:
-        return f"stop is where the shard ends on the line, at {stop_wanted}: {stop} is its length"
-    if (start, stop) == (start_wanted, stop_wanted):
+    if start == right_start and stop == right_stop - right_start != right_stop:
+        return f"stop is where the shard ends on the line, at {right_stop}: {stop} is its length"
+    if (start, stop) == (right_start, right_stop):
         if padding == n * length - numel:
             return f"padding {padding} is what the whole line needs: each shard has only its own part of it"
         if padding == stop - start:
-            return f"the third number is the shard's length, {padding}: its padding, {want[2]}, is asked for"
+            return f"the third number is the shard's length, {padding}: its padding, {right_padding}, is asked for"
         return f"start and stop are right, padding is not: shards are {length} long with it"
-    uneven = [down + (r < numel % n) for r in range(n)]
-    if (start, stop) == (sum(uneven[:rank]), sum(uneven[: rank + 1])):
+    if [start, stop] == evenly:
         return "this cuts the line evenly: with padding, every shard but the last ones is full"
-    if start == start_wanted and stop == stop_wanted - 1:
+    if start == right_start and stop == right_stop - 1:
         return "stop is one too small: line[start:stop] does not include it"
     return f"with padding every shard is {length} long, and rank {rank}'s begins at {rank} · {length}"
 

@@ -1,4 +1,4 @@
-"""The exercise sharded_linear."""
+"""A layer with a sharded weight (ZeRO-3). Typical: the weight kept for backward, its gradient not reduced."""
 
 import gc
 import time
@@ -6,11 +6,11 @@ import time
 import torch
 import torch.distributed as dist
 
-from ..exercises.cases import values
+from ..exercises.cases import F32, F64, values, what_is_new
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, equal, only_calls, same
 from ..exercises.watch import forget, watched
-from .shared import F32, F64, counted, judge_moved
+from .shared import NOT_FOUR, counted, moves_at_most
 
 hints = (
     "torch.autograd.Function is a class with two static methods: forward(ctx, x, shard) returns the output, "
@@ -21,47 +21,44 @@ hints = (
     "Backward: gather the weight again for gradient @ weight, the gradient of x. The weight's is gradient.T @ x: "
     "reduce_scatter its n chunks and divide by n.",
 )
+IN_FORWARD = {
+    "broadcast": "it broadcasts in forward: one all_gather brings every rank's shard to all",
+    "": "it calls {op} in forward: one all_gather is all that is needed",
+}
+IN_BACKWARD = {
+    "all_reduce": "it calls all_reduce, which brings the whole gradient to every rank: a rank keeps its own n-th, and "
+    "reduce_scatter brings that for half the bytes",
+    "scatter": "its backward calls scatter, as that of torch.distributed.nn's all_gather does, for which autograd "
+    "keeps the whole weight: write backward yourself, in a torch.autograd.Function",
+    "": "it calls {op}: all_gather and reduce_scatter do it",
+}
+CHANGED = -3.0  # by which shards are multiplied between forward and backward, in the case that looks at what is kept
 
 
 def check(run):
-    cases = [
-        (4, (6, 8), 3, F32), (4, (5, 4), 2, F64), (3, (4, 6), 3, F64), (2, (3, 2), 2, F32), (4, (4, 8, 6), 2, F64),
-        (4, (64, 48), 1, F64),
-    ]  # fmt: skip
-    for seed, (n, sizes, batch, dtype) in enumerate(cases):
-        layers = "" if len(sizes) == 2 else ", two layers one after the other"
-        about = f"{sizes[0]} → {sizes[-1]} features, {batch} rows a rank, {str(dtype)[6:]}, {n} ranks{layers}"
-        try:
-            _judge_use(run(_use, seed, sizes, batch, dtype, n=n, about=about), seed, sizes, batch, dtype, about)
-        except Wrong as wrong:
-            if layers:
-                wrong.diagnosis = f"one layer works, two do not (is something kept outside of ctx?): {wrong.diagnosis}"
-            if seed == 2:
-                wrong.diagnosis = f"it works with 4 ranks, but not with 3 (is a 4 written into it?): {wrong.diagnosis}"
-            raise
+    # ranks, features from layer to layer, rows (with one it is looked at what is kept), dtype
+    cases = [(4, (6, 8), 3, F32), (4, (5, 4), 2, F64), (3, (4, 6), 3, F64), (2, (3, 2), 2, F32)]
+    cases += [(4, (4, 8, 6), 2, F64), (4, (64, 48), 1, F64)]
+    for seed, (n, *case) in enumerate(cases):
+        sizes, rows, dtype = case
+        about = f"{sizes[0]} → {sizes[-1]} features, {rows} rows a rank, {str(dtype)[6:]}, {n} ranks"
+        new = NOT_FOUR * (n == 3)
+        if len(sizes) > 2:
+            about += ", two layers one after the other"
+            new = "one layer works, two do not (is something kept outside of ctx?)"
+        with what_is_new(new):
+            _judge(run(_used, seed, *case, n=n, about=about), [_layers(seed, rank, *case) for rank in range(n)], about)
 
 
-WHOLE_KEPT = (
-    "{:,} bytes are kept from forward to backward besides x, shard and output, and the whole weight has {:,}: save the "
-    "shard, and gather it again in backward"
-)
-
-
-KEPT_SINCE = (
-    "backward computes with a weight, or parts of it, kept from forward, and shard has changed since (the check did "
-    "it): save the shard, and gather it again in backward"
-)
-
-
-def _layers(seed, rank, sizes, batch, dtype):
+def _layers(seed, rank, sizes, rows, dtype):
     """(x, [whole weight of each layer], gradient of the output)"""
     weights = [values((b, a), dtype, 50 + i, seed) for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))]
-    return values((batch, sizes[0]), dtype, rank, seed), weights, values((batch, sizes[-1]), dtype, 20 + rank, seed)
+    return values((rows, sizes[0]), dtype, rank, seed), weights, values((rows, sizes[-1]), dtype, 20 + rank, seed)
 
 
-def _use(answer, seed, sizes, batch, dtype):
+def _used(answer, seed, sizes, rows, dtype):
     rank, n = dist.get_rank(), dist.get_world_size()
-    x, weights, gradient = _layers(seed, rank, sizes, batch, dtype)
+    x, weights, gradient = _layers(seed, rank, sizes, rows, dtype)
     shards = [w.flatten().chunk(n)[rank].clone().requires_grad_() for w in weights]
     x.requires_grad_()
     saved, outputs = [], []  # (what `watched` returns is a copy without a graph)
@@ -73,41 +70,36 @@ def _use(answer, seed, sizes, batch, dtype):
         return y
 
     gc.collect()
-    before = _memory(_tensors())
+    known = _memory(_alive())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         seen = counted(watched(forward), n)
     forget()  # else what the calls filled would be alive still
-    known = before | _memory(t for t in [*outputs, seen.result, x, *shards] if isinstance(t, torch.Tensor))
+    known |= _memory(t for t in [*outputs, seen.result, x, *shards] if isinstance(t, torch.Tensor))
     for _ in range(20):  # gloo's threads may hold on to tensors for a moment
         gc.collect()
-        kept = {at: size for at, size in _memory([*_tensors(), *saved]).items() if at not in known}
-        if batch > 1 or max(kept.values(), default=0) < shards[0].nbytes:
+        kept = [size for at, size in _memory([*_alive(), *saved]).items() if at not in known]
+        if rows > 1 or max(kept, default=0) < shards[0].nbytes:
             break
         time.sleep(0.05)
     y = outputs[-1]
-    seen.kept = {"graph": isinstance(y, torch.Tensor) and y.requires_grad, "saved": sum(kept.values())}
-    seen.kept |= {"copy": shards[0].nbytes in kept.values(), "backward": None}
+    seen.kept = {"graph": isinstance(y, torch.Tensor) and y.requires_grad, "bytes": sum(kept)}
+    seen.kept["copy"] = shards[0].nbytes in kept
     if seen.kept["graph"] and y.shape == gradient.shape:
-        if batch == 1:  # the case that looks at what is kept
+        if rows == 1:
             for shard in shards:
                 shard.data *= CHANGED
-        given, x_before = gradient.clone(), _layers(seed, rank, sizes, batch, dtype)[0]
-        shards_before = [shard.detach().clone() for shard in shards]
+        inputs = [("`x`", x, _layers(seed, rank, sizes, rows, dtype)[0])]
+        inputs += [("`shard`", shard, shard.detach().clone()) for shard in shards]
+        inputs += [("the gradient that backward is given", given := gradient.clone(), gradient)]
         after = counted(watched(lambda: y.backward(given)), n)
-        pairs = {"`x`": [(x, x_before)], "`shard`": list(zip(shards, shards_before, strict=True)),
-                 "the gradient that backward is given": [(given, gradient)]}  # fmt: skip
-        seen.kept |= {"backward": after.calls, "x": x.grad, "shards": [s.grad for s in shards]}
-        seen.kept["changed"] = [what for what, both in pairs.items() if not all(torch.equal(a, b) for a, b in both)]
+        changed = [what for what, now, before in inputs if not torch.equal(now, before)]
+        seen.kept |= {"x": x.grad, "shards": [s.grad for s in shards], "backward": after, "changed": changed}
         for name in ("reference", "torchs", "hidden", "unwaited", "early"):
             setattr(seen, name, getattr(seen, name) or getattr(after, name))
     return seen
 
 
-CHANGED = -3.0  # the shards are multiplied by it between forward and backward
-
-
-def _tensors():
-    """The tensors that are alive."""
+def _alive():
     return [t for t in gc.get_objects() if type(t) is torch.Tensor]
 
 
@@ -122,98 +114,85 @@ def _memory(tensors):
     return found
 
 
-NO_OTHER = {
-    "all_reduce": "it calls all_reduce, which brings the whole gradient to every rank: a rank keeps its own n-th, and "
-    "reduce_scatter brings that for half the bytes",
-    "scatter": "its backward calls scatter, as that of torch.distributed.nn's all_gather does, for which autograd "
-    "keeps the whole weight: write backward yourself, in a torch.autograd.Function",
-    "": "it calls {op}: all_gather and reduce_scatter do it",
-}
+def _plain(x, weights, gradient):
+    """(output, x's gradient, each weight's) of layers that are not sharded."""
+    y = x = x.clone().requires_grad_()
+    for weight in weights:
+        y = y @ weight.requires_grad_().T
+    y.backward(gradient)
+    return y.detach(), x.grad, [weight.grad for weight in weights]
 
 
-def _judge_use(seen, seed, sizes, batch, dtype, about):
-    n = len(seen)
-    size = sum(w.nbytes for w in _layers(seed, 0, sizes, batch, dtype)[1])
-    outputs, x_grads, w_grads = [], [], []
-    for rank in range(n):
-        x, weights, gradient = _layers(seed, rank, sizes, batch, dtype)
-        x.requires_grad_()
-        y = x
-        for w in weights:
-            y = y @ w.requires_grad_().T
-        y.backward(gradient)
-        outputs.append(y.detach())
-        x_grads.append(x.grad)
-        w_grads.append([w.grad for w in weights])
-    only_calls(seen, ("all_gather", "send", "recv"), {
-        "broadcast": "it broadcasts in forward: one all_gather brings every rank's shard to all",
-        "": "it calls {op} in forward: one all_gather is all that is needed"})  # fmt: skip
-    mistakes = []
-    if len(sizes) == 2:
-        inputs = [_layers(seed, rank, sizes, batch, dtype) for rank in range(n)]
-        wrong_view = [x @ w[0].reshape(sizes[0], sizes[1]) for x, w, _ in inputs]
-        mistakes.append(("the weight is (out_features, in_features): here it was read as (in, out)", wrong_view))
-    same([one.result for one in seen], outputs, "the output", about, mistakes)
+def _judge(seen, given, about):
+    n, rows, whole = len(seen), len(given[0][0]), sum(weight.nbytes for weight in given[0][1])
+    outputs, of_x, of_weights = zip(*[_plain(*layers) for layers in given], strict=True)
+    only_calls(seen, ("all_gather", "send", "recv"), IN_FORWARD)
+    why = "the weight is (out_features, in_features): here it was read as (in, out)"
+    transposed = [x @ weights[0].detach().reshape(weights[0].shape[::-1]) for x, weights, _ in given]
+    same([one.result for one in seen], outputs, "the output", about, [(why, transposed)] * (len(given[0][1]) == 1))
     for rank, one in enumerate(seen):
         if not one.kept["graph"]:
-            raise Wrong(
-                "the output has no graph: torch.distributed's calls are not differentiable, so backward must be "
-                "written, in a torch.autograd.Function", f"rank {rank}, {about}",
-            )  # fmt: skip
+            why = "the output has no graph: torch.distributed's calls are not differentiable, so backward must be "
+            raise Wrong(f"{why}written, in a torch.autograd.Function", f"rank {rank}, {about}")
         if one.kept["x"] is None:
             raise Wrong("x has no gradient: return it from backward, in the place of x", f"rank {rank}, {about}")
-    mistakes = [
-        ("x has the mean of the ranks' gradients: its rows are this rank's own", [sum(x_grads) / n] * n),
-        (f"x's gradient is divided by {n}: its rows are this rank's own", [g / n for g in x_grads]),
-    ]
-    if batch == 1:
-        _judge_memory(seen, size, about)
-        old = all(one.kept["copy"] and equal(one.kept["x"], g) for one, g in zip(seen, x_grads, strict=True))
-        x_grads = [(1.0 if old else CHANGED) * g for g in x_grads]  # (a copy of the shard is not a whole weight)
-    try:
-        same([one.kept["x"] for one in seen], x_grads, "the gradient of x", about, mistakes)
-    except Wrong as wrong:
-        if batch == 1:  # it was right in all other cases
-            wrong.diagnosis = KEPT_SINCE
-        raise
-    for i in range(len(sizes) - 1):
-        whole = [w[i] for w in w_grads]
-        total = sum(whole).flatten().chunk(n)
+    if rows == 1:
+        _judge_kept(seen, of_x, whole, about)
+    else:
         mistakes = [
-            (f"the sum was not divided by {n}: shard.grad is the mean over the ranks", list(total)),
-            (f"divided twice by {n}", [t / n**2 for t in total]),
-            (f"divided by the {batch} rows: the loss has done that, only ranks are to be averaged over",
-             [t / n / batch for t in total]),
-            ("shard.grad is counted twice: backward returns it, and autograd adds it up", [2 * t / n for t in total]),
-            ("nothing was reduced: shard.grad is cut from this rank's own gradient",
-             [w.flatten().chunk(n)[r] for r, w in enumerate(whole)]),
-            ("nothing was reduced, and the own gradient is divided by n",
-             [w.flatten().chunk(n)[r] / n for r, w in enumerate(whole)]),
-            ("every rank has the first n-th of the gradient: rank r keeps the r-th", [total[0] / n] * n),
-            ("shard.grad is made from the transposed gradient: the weight's is gradient.T @ x",
-             list((sum(w.T.flatten() for w in whole) / n).chunk(n))),
-        ]  # fmt: skip
+            ("x has the mean of the ranks' gradients: its rows are this rank's own", sum(of_x) / n),
+            (f"x's gradient is divided by {n}: its rows are this rank's own", [g / n for g in of_x]),
+        ]
+        same([one.kept["x"] for one in seen], of_x, "the gradient of x", about, mistakes)
+    for i, own in enumerate(zip(*of_weights, strict=True)):
         got = [one.kept["shards"][i] for one in seen]
         if any(g is None for g in got):
             raise Wrong("shard has no gradient: return it from backward, in the place of shard", about)
-        same(got, [t / n for t in total], "shard.grad", about, mistakes)
+        _judge_mean(got, own, rows, about)
     for rank, one in enumerate(seen):
-        where = f"rank {rank}, {about}"
-        for what in one.kept["changed"]:
-            raise Wrong(f"{what} was changed: others may use it too, work on a copy", where)
-        for call in one.kept["backward"]:
-            if call.op not in ("all_gather", "reduce_scatter", "all_to_all", "send", "recv"):
-                raise Wrong(NO_OTHER.get(call.op, NO_OTHER[""]).format(op=call.op), where)
-    judge_moved(seen, n, size, 1, f"forward, {about}")
-    for one in seen:
-        one.calls = one.kept["backward"]
-    judge_moved(seen, n, size, 2, f"backward, {about}")
+        if changed := one.kept["changed"]:
+            raise Wrong(f"{changed[0]} was changed: others may use it too, work on a copy", f"rank {rank}, {about}")
+    back = [one.kept["backward"] for one in seen]
+    only_calls(back, ("all_gather", "reduce_scatter", "all_to_all", "send", "recv"), IN_BACKWARD)
+    moves_at_most(seen, whole, 1, f"forward, {about}")
+    moves_at_most(back, whole, 2, f"backward, {about}")
 
 
-def _judge_memory(seen, size, about):
+def _judge_kept(seen, of_x, whole, about):
+    """Raise Wrong where more than shard and x is kept from forward to backward, where shard was changed in between."""
+    again = "save the shard, and gather it again in backward"
     for rank, one in enumerate(seen):
-        if one.kept["saved"] >= size:
-            raise Wrong(WHOLE_KEPT.format(one.kept["saved"], size), f"rank {rank}, {about}")
+        if one.kept["bytes"] >= whole:
+            why = f"{one.kept['bytes']:,} bytes are kept from forward to backward besides x, shard and output, and the "
+            raise Wrong(f"{why}whole weight has {whole:,}: {again}", f"rank {rank}, {about}")
+    got = [one.kept["x"] for one in seen]
+    if all(one.kept["copy"] and equal(g, old) for one, g, old in zip(seen, got, of_x, strict=True)):
+        return  # of a copy of the shard, which is not a whole weight
+    try:
+        same(got, [CHANGED * g for g in of_x], "the gradient of x", about)
+    except Wrong as wrong:  # it was right in all other cases
+        why = "backward computes with a weight, or parts of it, kept from forward, and shard has changed since"
+        wrong.diagnosis = f"{why} (the check did it): {again}"
+        raise
+
+
+def _judge_mean(got, own, rows, about):
+    """Raise Wrong unless got[r] is the r-th part of the mean of the ranks' own gradients of the weight."""
+    n, total = len(own), sum(own)
+    cut = [g.flatten().chunk(n)[rank] for rank, g in enumerate(own)]
+    mistakes = [
+        (f"the sum was not divided by {n}: shard.grad is the mean over the ranks", total),
+        (f"divided twice by {n}", total / n**2),
+        (f"divided by the {rows} rows: the loss has done that, only ranks are to be averaged over", total / n / rows),
+        ("shard.grad is counted twice: backward returns it, and autograd adds it up", 2 * total / n),
+        ("shard.grad is made from the transposed gradient: the weight's is gradient.T @ x", total.T / n),
+    ]
+    mistakes = [(why, would.flatten().chunk(n)) for why, would in mistakes] + [
+        ("nothing was reduced: shard.grad is cut from this rank's own gradient", cut),
+        ("nothing was reduced, and the own gradient is divided by n", [part / n for part in cut]),
+        ("every rank has the first n-th of the gradient: rank r keeps the r-th", total.flatten().chunk(n)[0] / n),
+    ]
+    same(got, (total / n).flatten().chunk(n), "shard.grad", about, mistakes)
 
 
 exercise = Exercise(hints, check)

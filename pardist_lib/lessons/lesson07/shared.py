@@ -1,10 +1,8 @@
-"""What several exercises of this lesson share."""
-
-import torch
+"""Collectives that move shards, counted and weighed: as one list, one tensor or single messages, it is the same."""
 
 from ..exercises.judge import Wrong
 
-F32, F64 = torch.float32, torch.float64
+NOT_FOUR = "it works with 4 ranks, but not with 3 (is a 4 written into it?)"
 
 
 def counted(seen, n):
@@ -16,21 +14,14 @@ def counted(seen, n):
     return seen
 
 
-def judge_moved(seen, n, size, times, about):
-    """Raise Wrong where more than `times`·(n − 1)/n·size bytes leave a rank."""
+def moves_at_most(seen, size, times, about):
+    """Raise Wrong where more than `times`·(n − 1)/n·size bytes leave a rank, each call made as well as can be."""
+    n = len(seen)  # a call's bytes are those of the tensor that it fills: one n-th for a reduce_scatter, else all
+    share = {"reduce_scatter": n - 1, "all_to_all": (n - 1) / n, "all_gather": (n - 1) / n, "send": 1, "recv": 0}
     enough = times * (n - 1) * size // n
     for rank, one in enumerate(seen):
-        made = moved(one.calls, n)
+        made = sum(call.bytes * share[call.op] for call in one.calls)
         if made > enough:
-            raise Wrong(
-                f"the result is right, but {made:,.0f} bytes leave a rank where {enough:,} are enough: "
-                "is something moved whole, or twice?",
-                f"rank {rank}, {about}", f"{enough:,} bytes", f"{made:,.0f} bytes",
-            )  # fmt: skip
-
-
-def moved(calls, n):
-    """Bytes that leave a rank for these calls, as the best implementation would send them. (A call's bytes are those
-    of the tensor that it fills: one n-th for a reduce_scatter, all for an all_gather.)"""
-    share = {"reduce_scatter": n - 1, "all_to_all": (n - 1) / n, "all_gather": (n - 1) / n, "send": 1, "recv": 0}
-    return sum(call.bytes * share[call.op] for call in calls)
+            why = f"the result is right, but {made:,.0f} bytes leave a rank where {enough:,} are enough"
+            shown = f"{enough:,} bytes", f"{made:,.0f} bytes"
+            raise Wrong(f"{why}: is something moved whole, or twice?", f"rank {rank}, {about}", *shown)

@@ -1,4 +1,4 @@
-"""The exercise zero_memory."""
+"""Bytes a rank holds at each stage of ZeRO. Typical: a stage shards the wrong kind, or its own kind only."""
 
 from ..exercises.cases import numbers
 from ..exercises.exercise import Exercise
@@ -16,57 +16,46 @@ def check(run):
     for stage in range(4):
         for psi, n, *kinds in ((1_000_000, 4), (7_500_000_000, 64, 2, 2, 12), (1000, 3, 4, 2, 1), (100, 1)):
             inputs.append((psi, n, stage, *(kinds or (4, 4, 8))))
-            about = "" if not kinds else f", {kinds[0]} + {kinds[1]} + {kinds[2]} bytes"
+            about = f", {' + '.join(map(str, kinds))} bytes" if kinds else ""
             labels.append(f"{psi:,} parameters, {n} rank{'s' * (n > 1)}, stage {stage}{about}")
-
-    def held(psi, n, stage, p=4, g=4, s=8):
-        return psi * (p / (n if stage > 2 else 1) + g / (n if stage > 1 else 1) + s / (n if stage > 0 else 1))
-
-    mistakes = [
-        ("the bytes of each kind are ignored: 4, 4 and 8 are only their defaults",
-         lambda psi, n, stage, *kinds: held(psi, n, stage)),
-        ("parameter_bytes is not used: 4 is only its default",
-         lambda psi, n, stage, p, g, s: held(psi, n, stage, 4, g, s)),
-        ("gradient_bytes is not used: 4 is only its default",
-         lambda psi, n, stage, p, g, s: held(psi, n, stage, p, 4, s)),
-        ("state_bytes is not used: 8 is only its default",
-         lambda psi, n, stage, p, g, s: held(psi, n, stage, p, g, 8)),
-        ("stage 2 does no more than stage 1 here: it shards the gradients, too",
-         lambda psi, n, stage, *kinds: held(psi, n, 1 if stage == 2 else stage, *kinds)),
-        ("stage 2 does what stage 3 does here: it leaves the parameters whole",
-         lambda psi, n, stage, *kinds: held(psi, n, 3 if stage == 2 else stage, *kinds)),
-        ("n is not used: this is for 4 ranks", lambda psi, n, stage, *kinds: held(psi, 4, stage, *kinds)),
-        ("at stage 3 the gathered parameters are counted: they are not held all the time",
-         lambda psi, n, stage, p, g, s: held(psi, n, stage, p, g, s) + psi * p * (stage == 3)),
-        ("the stages are shifted by one: stage 0 shards nothing",
-         lambda psi, n, stage, *kinds: held(psi, n, stage + 1, *kinds)),
-        ("the stages are shifted by one: stage 1 shards the optimizer's state",
-         lambda psi, n, stage, *kinds: held(psi, n, stage - 1, *kinds)),
-        ("each stage shards only its own kind here: stage 2 shards the state too, stage 3 all three",
-         lambda psi, n, stage, p, g, s: psi * (p / (n if stage == 3 else 1) + g / (n if stage == 2 else 1)
-                                               + s / (n if stage == 1 else 1))),
-        ("this is for all ranks together: one rank is asked for",
-         lambda psi, n, stage, *kinds: n * held(psi, n, stage, *kinds)),
-        ("the order is wrong: first the optimizer's state is sharded, the parameters last",
-         lambda psi, n, stage, p, g, s: held(psi, n, stage, s, g, p)),
-        ("at every stage everything is divided by n", lambda psi, n, stage, *kinds: psi * sum(kinds) / n),
-        ("nothing is divided by n: what is sharded is held to one n-th", lambda psi, n, stage, *kinds:
-         psi * sum(kinds)),
-        *((f"this is in {unit}: bytes are asked for", lambda *args, unit=unit, size=size: held(*args) / size)
-          for unit, size in (("GB", 1e9), ("MB", 1e6), ("GiB", 2**30), ("MiB", 2**20), ("bits", 1 / 8))),
-        ("at stage 1 the gradients are still whole: only stage 2 shards them",
-         lambda psi, n, stage, p, g, s: psi * (p / (n if stage > 2 else 1) + (g + s) / (n if stage > 0 else 1))),
-        ("the order is wrong: stage 2 shards the gradients, and only stage 3 the parameters",
-         lambda psi, n, stage, p, g, s: held(psi, n, stage, g, p, s)),
-        ("state_bytes is not used: the state need not be two numbers of the parameters' kind",
-         lambda psi, n, stage, p, g, s: held(psi, n, stage, p, g, 2 * p)),
-        ("n-ths are rounded up here: divide with /, and round nothing", lambda psi, n, stage, p, g, s: sum(
-            b * (-(-psi // n) if stage > level else psi) for b, level in ((p, 2), (g, 1), (s, 0)))),
-        ("n-ths are rounded down here: divide with /, not with //",
-         lambda psi, n, stage, p, g, s: psi * p // (n if stage > 2 else 1) + psi * g // (n if stage > 1 else 1)
-         + psi * s // (n if stage > 0 else 1)),
-    ]  # fmt: skip
-    numbers(run, inputs, [held(*args) for args in inputs], labels, mistakes)
+    numbers(run, inputs, [held(*args) for args in inputs], labels, MISTAKES)
 
 
+def held(psi, n, stage, p, g, s, since=(3, 2, 1), n_th=lambda psi, b, n: psi * b / n):
+    """Bytes of psi parameters, with p, g and s bytes of each kind, which are sharded since these stages."""
+    return sum(n_th(psi, b, n) if stage >= at else psi * b for b, at in zip((p, g, s), since, strict=True))
+
+
+def mistaken(stages=(0, 1, 2, 3), **other):
+    """`held` where stage i is taken for stages[i], and where something else is not what it should be."""
+    return lambda psi, n, stage, p, g, s: held(**dict(psi=psi, n=n, stage=stages[stage], p=p, g=g, s=s) | other)
+
+
+MISTAKES = [
+    ("the bytes of each kind are ignored: 4, 4 and 8 are only their defaults", mistaken(p=4, g=4, s=8)),
+    ("parameter_bytes is not used: 4 is only its default", mistaken(p=4)),
+    ("gradient_bytes is not used: 4 is only its default", mistaken(g=4)),
+    ("state_bytes is not used: 8 is only its default", mistaken(s=8)),
+    ("stage 2 does no more than stage 1 here: it shards the gradients, too", mistaken((0, 1, 1, 3))),
+    ("stage 2 does what stage 3 does here: it leaves the parameters whole", mistaken((0, 1, 3, 3))),
+    ("n is not used: this is for 4 ranks", mistaken(n=4)),
+    ("at stage 3 the gathered parameters are counted: they are not held all the time",
+     lambda psi, n, stage, p, *rest: held(psi, n, stage, p, *rest) + psi * p * (stage == 3)),
+    ("the stages are shifted by one: stage 0 shards nothing", mistaken((1, 2, 3, 4))),
+    ("the stages are shifted by one: stage 1 shards the optimizer's state", mistaken((-1, 0, 1, 2))),
+    ("each stage shards only its own kind here: stage 2 shards the state too, stage 3 all three",
+     lambda psi, n, stage, p, g, s: psi * sum(b / n if stage == at else b for at, b in ((3, p), (2, g), (1, s)))),
+    ("this is for all ranks together: one rank is asked for", lambda psi, n, *rest: n * held(psi, n, *rest)),
+    ("the order is wrong: first the optimizer's state is sharded, the parameters last", mistaken(since=(1, 2, 3))),
+    ("at every stage everything is divided by n", mistaken((3, 3, 3, 3))),
+    ("nothing is divided by n: what is sharded is held to one n-th", mistaken((0, 0, 0, 0))),
+    *((f"this is in {unit}: bytes are asked for", lambda *args, size=size: held(*args) / size)
+      for unit, size in (("GB", 1e9), ("MB", 1e6), ("GiB", 2**30), ("MiB", 2**20), ("bits", 1 / 8))),
+    ("at stage 1 the gradients are still whole: only stage 2 shards them", mistaken(since=(3, 1, 1))),
+    ("the order is wrong: stage 2 shards the gradients, and only stage 3 the parameters", mistaken(since=(2, 3, 1))),
+    ("state_bytes is not used: the state need not be two numbers of the parameters' kind",
+     lambda psi, n, stage, p, g, s: held(psi, n, stage, p, g, 2 * p)),
+    ("n-ths are rounded up here: divide with /, and round nothing", mistaken(n_th=lambda psi, b, n: b * -(-psi // n))),
+    ("n-ths are rounded down here: divide with /, not with //", mistaken(n_th=lambda psi, b, n: psi * b // n)),
+]  # fmt: skip
 exercise = Exercise(hints, check)
