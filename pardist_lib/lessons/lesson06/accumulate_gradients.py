@@ -116,7 +116,8 @@ def _judge_way(members, mine, k, size, about):
         if not one.kept["in turn"]:
             raise Wrong("no backward in between: the activations of all of them are in memory at once", where)
         if one.kept["alive"]:
-            raise Wrong("activations are still in memory when the next one begins: retain_graph=True keeps them", where)
+            why = "the activations of a micro-batch are still in memory when the next one begins: backward lets go of "
+            raise Wrong(f"{why}them, unless it is told to keep them (retain_graph=True)", where)
         if not one.kept["training"]:
             raise Wrong("the result is right, but eval() was called: dropout and BatchNorm would differ", where)
         if not one.kept["as given"]:

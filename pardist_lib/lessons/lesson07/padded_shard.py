@@ -21,7 +21,7 @@ def check(run):
             at, expected = f"rank {rank}, {numel:,} elements on {n} rank{'s' * (n > 1)}", _shard(numel, rank, n)
             if not isinstance(got, (tuple, list)) or len(got) != 3:
                 raise Wrong(f"it returns {type_of(got)}: three whole numbers (start, stop, padding) are asked for", at)
-            if tuple(got) != expected or any(type(v) is not int for v in got):
+            if any(type(v) is not int for v in got) or tuple(got) != expected:
                 raise Wrong(_why(numel, n, rank, tuple(got), expected), at, str(expected), str(got))
 
 

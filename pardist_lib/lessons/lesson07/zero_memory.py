@@ -58,4 +58,5 @@ MISTAKES = [
     ("n-ths are rounded up here: divide with /, and round nothing", mistaken(n_th=lambda psi, b, n: b * -(-psi // n))),
     ("n-ths are rounded down here: divide with /, not with //", mistaken(n_th=lambda psi, b, n: psi * b // n)),
 ]  # fmt: skip
+
 exercise = Exercise(hints, check)
