@@ -9,15 +9,14 @@ import torch
 from torch.optim import Optimizer
 
 from ..collectives.agreement import take_from_first
-from ..group import rank_and_size
 from .async_collectives import AsyncCollectives, prepared_gather
 from .buckets import in_buckets
 from .checks import check_elementwise, check_frozen, check_parameters, check_trainable, check_unmoved
 from .gradients import UsedParameters, call_when_accumulated, clip_sharded_grad_norm_
-from .state import check_origin, full_optimizer_state, load_full_optimizer_state
+from .state import OptimizerStateDicts
 
 
-class ShardedOptimizer(Optimizer):
+class ShardedOptimizer(OptimizerStateDicts, Optimizer):
     """`optimizer_class` with its state sharded over the ranks of `group` (ZeRO-1).
 
         optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
@@ -179,27 +178,3 @@ class ShardedOptimizer(Optimizer):
 
     def __getstate__(self):
         raise TypeError("a ShardedOptimizer cannot be copied or pickled: save state_dict() or full_state_dict()")
-
-    # ---- state dicts ------------------------------------------------------------------------------------------
-
-    def state_dict(self):
-        """This rank's shard of the state, with the rank and the world it belongs to. Sends nothing."""
-        rank, n = rank_and_size(self.group)
-        self._give_settings()
-        return {"rank": rank, "world_size": n, **self.inner.state_dict()}
-
-    def load_state_dict(self, state_dict):
-        """What `state_dict` gave on this rank, in a world of this size; else ValueError."""
-        check_origin(state_dict, self.group)
-        self.inner.load_state_dict({k: v for k, v in state_dict.items() if k not in ("rank", "world_size")})
-        self._take_settings()
-
-    def full_state_dict(self):
-        """The whole state on every rank, as a plain `optimizer_class` would save it. Every rank has to call it."""
-        self._give_settings()
-        return full_optimizer_state(self.inner, self.group)
-
-    def load_full_state_dict(self, state_dict):
-        """A plain optimizer's state dict, or `full_state_dict` of a world of any size. Sends nothing."""
-        load_full_optimizer_state(self.inner, state_dict)
-        self._take_settings()

@@ -53,6 +53,32 @@ class StateDicts:
         load_full_optimizer_state(optimizer, state_dict)
 
 
+class OptimizerStateDicts:
+    """The part of ShardedOptimizer that saves and loads."""
+
+    def state_dict(self):
+        """This rank's shard of the state, with the rank and the world it belongs to. Sends nothing."""
+        rank, n = rank_and_size(self.group)
+        self._give_settings()
+        return {"rank": rank, "world_size": n, **self.inner.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        """What `state_dict` gave on this rank, in a world of this size; else ValueError."""
+        check_origin(state_dict, self.group)
+        self.inner.load_state_dict({k: v for k, v in state_dict.items() if k not in ("rank", "world_size")})
+        self._take_settings()
+
+    def full_state_dict(self):
+        """The whole state on every rank, as a plain `optimizer_class` would save it. Every rank has to call it."""
+        self._give_settings()
+        return full_optimizer_state(self.inner, self.group)
+
+    def load_full_state_dict(self, state_dict):
+        """A plain optimizer's state dict, or `full_state_dict` of a world of any size. Sends nothing."""
+        load_full_optimizer_state(self.inner, state_dict)
+        self._take_settings()
+
+
 def gather_local_shard(tensor, local, group=None):
     """The whole of what `tensor` is this rank's part of: a parameter's values, or a momentum of them. local: the
     parameter's local shard."""

@@ -23,7 +23,7 @@ def test_local_shards_partition_every_parameter(sizes, n):
             mock.patch("torch.distributed.get_process_group_ranks", lambda _: range(n)),
             mock.patch("torch.distributed.group"),
         ):
-            flat = FlatParameter([nn.Parameter(v.clone()) for v in values], sizes, None, keep_whole=rank % 2)
+            flat = FlatParameter([nn.Parameter(v.clone()) for v in values], sizes, None, keep_unsharded=rank % 2)
         assert abs(len(flat.shard) - sum(sizes) / n) < 1
         for i, shard in enumerate(flat.local_shards):
             assert shard.sizes[rank] == len(shard) and sum(shard.sizes) == sizes[i]
