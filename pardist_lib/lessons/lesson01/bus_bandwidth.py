@@ -30,10 +30,7 @@ def check(run):
         ("in bits per second: bytes per second are asked for", lambda *args: bus_bandwidth(*args) * 8),
         ("the factor is upside down: multiply by 2(n - 1)/n", lambda s, t, n: s / t / (2 * (n - 1) / n)),
         ("the factor is upside down: 2(n - 1)/n, not 2n/(n - 1)", lambda s, t, n: 2 * n / (n - 1) * s / t),
-        (
-            "2 · size_in_bytes is sent with very many ranks: 2(n - 1)/n · size_in_bytes with n",
-            lambda s, t, n: 2 * s / t,
-        ),
+        ("2 · size_in_bytes is sent with very many ranks: 2(n - 1)/n · size with n", lambda s, t, n: 2 * s / t),
         *rounded(bus_bandwidth),
         ("the bytes are rounded to a whole number: divide with /", lambda s, t, n: 2 * (n - 1) * s // n / t),
         ("size_in_bytes // n drops what is left over: divide with /", lambda s, t, n: 2 * (n - 1) * (s // n) / t),
