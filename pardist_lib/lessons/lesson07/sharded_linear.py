@@ -6,6 +6,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from pardist_lib.ranks import progress
+
 from ..exercises.cases import F32, F64, values, what_is_new
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, equal, only_calls, same
@@ -75,7 +77,7 @@ def _used(answer, seed, sizes, rows, dtype):
         seen = counted(watched(forward), n)
     forget()  # else what the calls filled would be alive still
     known |= _memory(t for t in [*outputs, seen.result, x, *shards] if isinstance(t, torch.Tensor))
-    for _ in range(20):  # gloo's threads may hold on to tensors for a moment
+    for _ in progress(range(20)):  # gloo's threads may hold on to tensors for a moment; progress is a sign of life
         gc.collect()
         kept = [size for at, size in _memory([*_alive(), *saved]).items() if at not in known]
         if rows > 1 or max(kept, default=0) < shards[0].nbytes:
