@@ -36,7 +36,8 @@ def test_a_planted_mistake_is_refused_with_its_own_diagnosis(name, answer, phras
 
 @pytest.mark.parametrize("name", exercises.exercises())
 def test_the_reference_passes_when_a_reader_writes_it(name):
-    assert exercises.check(name, copied(name)).passed
+    verdict = exercises.check(name, copied(name))
+    assert verdict.passed, verdict
 
 
 @pytest.mark.parametrize("name, answer", [pytest.param(*r, id=f"{r[0]}-{r[1].__name__}") for r in planted.RIGHT])

