@@ -124,8 +124,11 @@ def _be(job, folder):
     for here, there in zip((1, 2), job["output"], strict=True):
         os.dup2(there, here)
         os.close(there)
+    from pardist_lib.ranks.surroundings import let_spawned_workers_find_main
+
     is_module, target, *args = job["program"]
     sys.argv[:] = [target, *args]
+    let_spawned_workers_find_main()
     if is_module == "-m":
         sys.path[0] = job["folder"]
         runpy.run_module(target, run_name="__main__", alter_sys=True)

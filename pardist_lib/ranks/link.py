@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from . import report
 from .ledger import Ledger, is_readers
 from .output import Printed
 from .rank import END
-from .transport import Door, receive
+from .transport import Door, private_folder, receive
+from .worker import GIVEN
 
+SLOW_START = 15  # seconds after which it is said what a start waits for
 START_SECONDS = 120  # the slowest machine we know needs 30
 HERE = Path(__file__).parent
 
@@ -55,7 +56,7 @@ class Link:
     def __init__(self, n, threads, fork):
         self.n, self.fork, self.generation, self.number = n, fork, 0, 0
         self.ranks, self.workers, self.lost = [Rank(r) for r in range(n)], {}, None
-        self.folder = tempfile.mkdtemp(prefix="pardist-")  # mode 0700: nobody else gets in
+        self.folder = private_folder("pardist-")
         self.door = Door(self.folder)
         self.ledger = Ledger(Path(self.folder, "ledger"), n, create=True)
         self.selector = selectors.DefaultSelector()
@@ -74,7 +75,7 @@ class Link:
         with open(Path(self.folder, "host.log"), "w") as log:
             self.host = subprocess.Popen(
                 [sys.executable, str(HERE / "host.py"), self.folder, mode],
-                env=os.environ | _environment(threads),
+                env=environment(threads),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -83,17 +84,31 @@ class Link:
 
     def wait_joined(self):
         """Until every rank has joined the group; RuntimeError with the logs where one cannot."""
-        deadline = time.monotonic() + START_SECONDS
+        began = time.monotonic()
+        deadline, told = began + START_SECONDS, False
         while not all(r.joined for r in self.ranks):
             self.pump(0.5)
+            if not told and time.monotonic() - began > SLOW_START:
+                told = True
+                print(f"The ranks have been starting for {SLOW_START} s: {self._awaited()}.", flush=True)
             problem = self.lost or next((r.problem for r in self.ranks if r.problem), None)
             if not problem and time.monotonic() > deadline:
-                problem = f"after {START_SECONDS} s they are not there"
+                problem = f"after {START_SECONDS} s they are not there: {self._awaited()}"
             if problem:
                 logs = [Path(self.folder, name) for name in ("torchrun.log", "host.log")]
                 said = "\n".join(log.read_text()[-1500:] for log in logs if log.exists()).strip()
                 self.close()
                 raise RuntimeError(f"the ranks could not be started: {problem}\n{said}")
+
+    def _awaited(self):
+        """What a start waits for, in words."""
+        if self.host_conn is None:
+            return "their host process has not reported yet"
+        missing = [r for r in range(self.n) if r not in self.workers]
+        if self.fork and missing:
+            return f"torchrun has not started the workers of {report.plural(missing)} yet"
+        late = [r.number for r in self.ranks if not r.joined]
+        return f"{report.plural(late)} {'has' if len(late) == 1 else 'have'} not joined the group yet"
 
     def replace(self):
         """A fresh set of ranks; they join while the reader reads what happened."""
@@ -270,7 +285,15 @@ def _stopped(pid):
         return False
 
 
-def _environment(threads):
+def environment(threads):
+    """What the ranks' processes find in their environment: the notebook's, without what a cluster's job has left there
+    for other ranks and another torchrun (which reads each PET_… as an option of its own: PET_NNODES=2 would wait for a
+    second machine), and with what ranks need."""
+    kept = {k: v for k, v in os.environ.items() if k not in GIVEN and not k.startswith(("PET_", "TORCHELASTIC_"))}
+    return kept | _added(threads)
+
+
+def _added(threads):
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     package = str(HERE.parents[1])
     return {
@@ -279,6 +302,6 @@ def _environment(threads):
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # else torchrun's agent listens on every interface
         "TORCH_FR_BUFFER_SIZE": "2000",  # the flight recorder tells a Trace the sizes of DDP's own collectives
-        "MPLBACKEND": "Agg",
+        "MPLBACKEND": "module://pardist_lib.ranks.no_screen",
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")])),
     }

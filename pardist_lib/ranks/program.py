@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from datetime import datetime
@@ -16,9 +15,10 @@ from pathlib import Path
 from . import report
 from .guard import WHERE
 from .host import stop
-from .link import HERE, _environment
+from .link import HERE, environment
 from .output import Live, Printed
 from .session import seconds
+from .transport import private_folder
 
 _TRACEBACK = b"Traceback (most recent call last):"
 _FRAME = re.compile(r'^  File "(.+?)", line (\d+)(?:, in (.+))?$', re.M)  # of a SyntaxError the last has no "in"
@@ -98,7 +98,7 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
     target = [str(program)] if str(program).endswith(".py") else ["-m", str(program)]
     if target[0] != "-m" and not Path(target[0]).exists():
         raise FileNotFoundError(f"there is no script {program} in the notebook's folder")
-    folder = tempfile.mkdtemp(prefix="pardist-program-")
+    folder = private_folder("pardist-program-")
     command = ["--nproc-per-node", str(nproc)]
     if not any(str(option).startswith(("--rdzv", "--standalone", "--master", "--nnodes")) for option in options):
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{folder}/rdzv", "--rdzv-conf", "store_type=file"]
@@ -112,7 +112,7 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
     log = open(Path(folder, "torchrun.log"), "wb")
     guard = subprocess.Popen(
         [sys.executable, str(HERE / "guard.py"), folder, "--fork" if fork else "--plain", *command],
-        env=os.environ | _environment(1) | {"PYTHONUNBUFFERED": "1"} | (env or {}),
+        env=environment(1) | {"PYTHONUNBUFFERED": "1"} | (env or {}),
         stdin=subprocess.PIPE,  # the guard ends the program when the notebook's end of this pipe closes
         stdout=log,
         stderr=log,

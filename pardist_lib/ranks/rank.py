@@ -18,6 +18,7 @@ import types
 from contextlib import suppress
 
 from . import ledger as ledgers
+from . import surroundings
 from .transport import Parcel, call_in, receive
 
 END = b"\x1e"  # after a call's output: END, the call's number, END
@@ -50,6 +51,7 @@ def serve(folder, env, generation):
     THIS.calls = call_in(folder, role="calls", backend=backend, device=str(device), **who)
     sys.modules["__main__"] = names
     names.__dict__.update({"__builtins__": __builtins__, "rank": rank, "world_size": size})
+    surroundings.prepare(names)
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # glibc has it
     try:
         while True:
@@ -99,6 +101,7 @@ def _one_call(arrived):
     number = arrived.head
     try:
         fn, args, kwargs = arrived.load()
+        surroundings.adopt(names)
         reply = "result", _packed(fn(*args, **kwargs))
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: the rank must live on
         reply = "error", Parcel(_described(error))
@@ -181,14 +184,30 @@ def _collectives_so_far():
 
 def run_cell(source, filename):
     """Run a %%ranks cell in this rank's persistent names; the value of a last expression is printed."""
-    tree = ast.parse(source, filename)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, filename, "exec"), names.__dict__)
+    try:
+        tree = ast.parse(source, filename)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        code = compile(tree, filename, "exec")
+        last = last and compile(ast.Expression(last.value), filename, "eval")
+    except SyntaxError as error:
+        raise _notebooks_own(error, source) from None
+    exec(code, names.__dict__)
     if last is not None:
-        value = eval(compile(ast.Expression(last.value), filename, "eval"), names.__dict__)
+        value = eval(last, names.__dict__)
         if value is not None:
             names._ = value
             print(repr(value))
+
+
+def _notebooks_own(error, source):
+    """The same SyntaxError, saying more where the line is one that only a notebook understands."""
+    line = source.splitlines()[error.lineno - 1].strip() if error.lineno else ""
+    if line.startswith(("%", "!")):
+        said = "%%ranks cells are plain Python (time.perf_counter(), subprocess.run(…))"
+        error.msg = f"`{line[:40]}` is the notebook's own, and {said}"
+    elif "await" in line:
+        error.msg = "await needs the notebook's event loop, and a rank has none: asyncio.run(…)"
+    return error
 
 
 def push(values):

@@ -25,6 +25,7 @@ import cloudpickle
 
 OUT_OF_BAND = 1 << 16  # bytes from which a buffer goes beside the pickle
 HANDSHAKE_SECONDS = 5
+LONGEST_SOCKET = 104  # bytes of a Unix socket's path: 108 on Linux, 104 on macOS
 
 
 def _tensor(buffer, dtype, shape, requires_grad, parameter):
@@ -156,6 +157,16 @@ def _anonymous_memory(size):
 
 def _socket(conn):
     return socket.socket(fileno=os.dup(conn.fileno()))
+
+
+def private_folder(prefix):
+    """A new folder that nobody else gets into (mode 0700), in the temporary folder; where that one's path is too long
+    for a Unix socket in it, as on macOS, clusters and hubs, in /tmp."""
+    folder = tempfile.mkdtemp(prefix=prefix)
+    if len(os.fsencode(f"{folder}/door")) < LONGEST_SOCKET:
+        return folder
+    os.rmdir(folder)
+    return tempfile.mkdtemp(prefix=prefix, dir="/tmp")
 
 
 class Door:

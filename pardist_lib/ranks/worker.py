@@ -20,7 +20,7 @@ def main(folder, mode, *more):
     if mode == "--program":
         return stand_in(folder, more)
     (generation,) = more
-    env = {k: v for k, v in os.environ.items() if k in _GIVEN or k.startswith("TORCHELASTIC_")}
+    env = {k: v for k, v in os.environ.items() if k in GIVEN or k.startswith("TORCHELASTIC_")}
     if mode == "--plain":
         with open(os.path.join(folder, "setup.json")) as file:
             sys.path[:] = json.load(file)["path"]
@@ -58,7 +58,7 @@ def _call_in(folder):
         return connection.Client(os.path.join(folder, "door"), family="AF_UNIX", authkey=key.read())
 
 
-_GIVEN = {
+GIVEN = {
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
     "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 }  # fmt: skip
