@@ -11,8 +11,10 @@ DistributedDataParallel and functional collectives make their own, which agree b
 """
 
 import functools
+import glob
 import mmap
 import os
+import re
 import struct
 import sys
 import sysconfig
@@ -151,11 +153,24 @@ _NOT_THE_READERS = tuple(
     {_PACKAGE, "<frozen", "<string>"}
     | {os.path.abspath(p) + os.sep for k, p in sysconfig.get_paths().items() if k in ("stdlib", "purelib", "platlib")}
 )
+_PACKAGES = re.compile(r"[/\\](site|dist)-packages[/\\]")
 
 
+@functools.lru_cache(maxsize=4096)
 def is_readers(filename):
-    """True for code of the reader (a cell, a script), False for torch, the standard library and this package."""
-    return not filename.startswith(_NOT_THE_READERS)
+    """True for code of the reader (a cell, a script, a module beside it), False for this package, the standard library
+    and what pip has installed, wherever that is."""
+    if filename.startswith(_NOT_THE_READERS) or _PACKAGES.search(filename):
+        return False
+    return not filename.startswith(_folders_of_pip(tuple(sys.path)))
+
+
+@functools.lru_cache
+def _folders_of_pip(path):
+    """Folders of sys.path into which pip has installed something, as `pip install --target` does."""
+    return tuple(
+        f"{os.path.abspath(p)}{os.sep}" for p in path if p and glob.glob(os.path.join(glob.escape(p), "*.dist-info"))
+    )
 
 
 def is_ours(filename):

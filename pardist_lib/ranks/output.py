@@ -6,7 +6,7 @@ import time
 
 from .report import plural, spoken
 
-HEAD, TAIL = 60, 60  # lines of a rank that are shown; `Ranks.output` has them all
+HEAD, TAIL = 25, 15  # lines of a rank that are shown; `Ranks.output` has them all
 KEEP = 16 << 20  # bytes of a rank that are kept; where there were twice as many, the middle is dropped
 
 _moves = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhl]")  # cursor movements (progress bars); colours stay
