@@ -2,6 +2,7 @@
 
 import ast
 import atexit
+import gc
 import inspect
 import itertools
 import os
@@ -47,17 +48,22 @@ class Ranks:
             raise ValueError(f"Ranks(n): n is a whole number from 1 to 32, not {n!r}")
         self.n, self.timeout, self._cards, self._lock = n, seconds(timeout), [], threading.Lock()
         self.made, self._notebook, self._settled = next(_counter), os.getpid(), True
-        _close_namesakes(n)
         began = time.monotonic()
         self._link = Link(n, threads, fork)
         self._become("starting")
         try:
             self._link.wait_joined()
+        except KeyboardInterrupt:
+            self.close()
+            raise report.RanksInterrupted(
+                f"Ranks({n}) was still starting; nothing of it is left. {_goes_on()}"
+            ) from None
         except BaseException:
             self.close()
             raise
         self.start_seconds = time.monotonic() - began
         self._become("ready")
+        _close_namesakes(n)  # only now: a start that fails or is interrupted leaves things as they were
         _all.add(self)
 
     def run(self, fn, *args, on=None, quiet=False, timeout=None, **kwargs):
@@ -70,6 +76,8 @@ class Ranks:
         """
         if not callable(fn):
             raise TypeError(f"run(fn, *args): fn is a function, not {type(fn).__name__}; give it without calling it")
+        if missing := _does_not_fit(fn, args, kwargs):
+            raise TypeError(missing)
         on = range(self.n) if on is None else [on] if isinstance(on, int) else list(on)
         if wrong := [r for r in on if r not in range(self.n)]:
             raise ValueError(f"there is no rank {wrong[0]}: this Ranks has ranks 0 to {self.n - 1}")
@@ -131,6 +139,10 @@ class Ranks:
         if self.state != "closed" and os.getpid() == self._notebook:  # not in a process that the notebook forked
             self._become("closed")
             self._link.close()
+
+    def _end(self, why):
+        self._why = f", {why}"
+        self.close()
 
     def processes(self):
         """The true process tree as a list of dicts (pid, parent, what, rank, threads), from the notebook down."""
@@ -292,7 +304,7 @@ class Ranks:
 
 def newest(at_least=1):
     """The Ranks made last and still open, of those with as many ranks; None where there is none."""
-    return max((r for r in _all if r.state != "closed" and r.n >= at_least), key=lambda r: r.made, default=None)
+    return next((r for r in reversed(open_ones()) if r.n >= at_least), None)
 
 
 def seconds(timeout):
@@ -300,6 +312,20 @@ def seconds(timeout):
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
         raise ValueError(f"timeout is a number of seconds above 0, not {timeout!r}")
     return timeout
+
+
+def _does_not_fit(fn, args, kwargs):
+    """What is wrong with the arguments of a call, and how it is written; None where they fit, or nobody knows."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as problem:
+        name = getattr(fn, "__name__", type(fn).__name__)
+        wanted = [p.name if p.default is p.empty else str(p) for p in signature.parameters.values()]
+        return f"{name}: {problem}. It is called as ranks.run({', '.join([name, *wanted])}), on every rank"
 
 
 def _names_set_in(source):
@@ -328,11 +354,40 @@ def unsendable(fn, args, kwargs, error):
     return f"the call cannot be sent to the ranks: {error}"
 
 
+def open_ones():
+    """The Ranks that are not closed, in the order in which they were made."""
+    return sorted((r for r in _all if r.state != "closed"), key=lambda r: r.made)
+
+
 def _close_namesakes(n):
-    for old in list(_all) if in_notebook() else []:
-        if old.n == n and old.state != "closed" and not old._lock.locked():
-            old._why = f", because a newer Ranks({n}) was made"
-            old.close()
+    for old in open_ones() if in_notebook() else []:
+        if old.n == n and not old._lock.locked():
+            old._end(f"because a newer Ranks({n}) was made")
+
+
+def close_forgotten(*_):
+    """In a notebook, after each cell: end the sets that none of the reader's names leads to any more; what the notebook
+    remembers of outputs (Out, _) does not count. The newest stays: %%ranks runs on it."""
+    others = open_ones()
+    while len(others) > 1:
+        old = others.pop(0)  # a list that has it would hold it
+        if not old._lock.locked() and not _held(old):
+            old._end("because no variable held them any more")
+
+
+def _held(ranks):
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if any(value is ranks for name, value in shell.user_ns.items() if not name.startswith("_")):
+        return True
+    notebooks = [id(o) for o in (shell.user_ns, shell.user_ns.get("Out"), shell.user_ns_hidden)]
+    return any(isinstance(r, (dict, list, tuple, set)) and id(r) not in notebooks for r in gc.get_referrers(ranks))
+
+
+def _goes_on():
+    last = newest()
+    return f"Ranks({last.n}), made before, is still there." if last else "Run the cell again to have ranks."
 
 
 @atexit.register

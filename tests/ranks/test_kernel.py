@@ -199,3 +199,49 @@ def test_two_notebooks_at_once():
     finally:
         first.close()
         second.close()
+
+
+def test_cells_run_on_the_variable_ranks_and_say_so_where_there_are_several(notebook):
+    notebook.run("from pardist_lib import Ranks\nranks = Ranks(2)")
+    assert "(on" not in notebook.run("%%ranks\nworld_size")[0]
+    notebook.run("more = Ranks(3)")
+    said, _ = notebook.run("%%ranks\nworld_size")
+    assert "(on `ranks`, Ranks(2); open besides: Ranks(3))" in said and "│ 2" in plain(said)
+    notebook.run("ranks.close()")
+    said, _ = notebook.run("%%ranks\nworld_size")
+    assert "(on Ranks(3), made last: the variable `ranks` holds one that is closed)" in said and "│ 3" in plain(said)
+
+
+def test_an_interrupted_start_leaves_things_as_they_were(notebook):
+    notebook.run("from pardist_lib import Ranks")
+    _, error = notebook.run("ranks = Ranks(2)", interrupt_after=0.7)
+    assert (
+        plain(error)
+        == "Interrupted: Ranks(2) was still starting; nothing of it is left. Run the cell again to have ranks."
+    )
+    assert gone(notebook.family(), within=5)
+    notebook.run("ranks = Ranks(2)")
+    _, error = notebook.run("ranks = Ranks(2)", interrupt_after=0.7)
+    assert plain(error).endswith("nothing of it is left. Ranks(2), made before, is still there.")
+    assert notebook.run("print(ranks.run(lambda: 7))") == ("[7, 7]\n", "")
+    assert "│ 2" in plain(notebook.run("%%ranks\nworld_size")[0])
+
+
+def test_sets_that_no_variable_holds_are_closed(notebook):
+    notebook.run("from pardist_lib import Ranks\nfrom pardist_lib.ranks.session import open_ones")
+    notebook.run("Ranks(1)")  # only the notebook's own memory of outputs holds it
+    assert notebook.run("print([r.n for r in open_ones()])")[0] == "[1]\n"
+    notebook.run("ranks = Ranks(2)\nkept = [Ranks(3)]")
+    assert notebook.run("print([r.n for r in open_ones()])")[0] == "[2, 3]\n"
+    notebook.run("ranks = Ranks(4)")  # its name is taken over
+    assert notebook.run("print([r.n for r in open_ones()])")[0] == "[3, 4]\n"
+
+
+def test_a_function_for_ranks_that_was_called_in_the_notebook(notebook):
+    notebook.run("import torch, torch.distributed as dist\nfrom pardist_lib import Ranks\nranks = Ranks(2)")
+    notebook.run("def first_sum():\n    t = torch.ones(1)\n    dist.all_reduce(t)\n    return t")
+    for call in ("first_sum()", "ranks.run(first_sum())"):
+        said, error = notebook.run(call)
+        assert "Default process group has not been initialized" in plain(error)
+        assert "`first_sum` was called here, in the notebook, which is no rank: write ranks.run(first_sum)" in said
+    assert "begin the cell with %%ranks" in notebook.run("dist.get_rank()")[0]
