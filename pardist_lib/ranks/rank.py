@@ -51,7 +51,7 @@ def serve(folder, env, generation):
     THIS.calls = call_in(folder, role="calls", backend=backend, device=str(device), **who)
     sys.modules["__main__"] = names
     names.__dict__.update({"__builtins__": __builtins__, "rank": rank, "world_size": size})
-    surroundings.prepare(names)
+    surroundings.prepare()
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)  # glibc has it
     try:
         while True:

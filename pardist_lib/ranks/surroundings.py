@@ -1,6 +1,6 @@
 """What a rank has to do without, or has otherwise than a notebook: a keyboard, a screen, an importable __main__.
 
-`prepare` is called once in each rank; what is refused says what to do instead.
+`prepare` is called once in each rank, `adopt` with each call; what is refused says what to do instead.
 """
 
 import builtins
@@ -15,14 +15,12 @@ import cloudpickle
 NO_KEYBOARD = "a rank has no keyboard: print what you want to see, or return it and look at it in the notebook"
 
 
-def prepare(main):
-    """main: the module that stands for the notebook's __main__ on this rank."""
+def prepare():
     import torch.distributed as dist
 
     builtins.input = sys.breakpointhook = dist.breakpoint = _no_keyboard
     ForkingPickler.reducer_override = _by_value
     dist.distributed_c10d._pickler = _Pickler  # of broadcast_object_list, all_gather_object, …
-    main.__dict__.setdefault("__file__", None)  # a worker that is spawned would look for a script to import
 
 
 def _no_keyboard(*_, **__):
