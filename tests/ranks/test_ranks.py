@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from pardist_lib import RankError, RankHang, Ranks, progress, torchrun
 from pardist_lib.ranks import ledger, newest
-from pardist_lib.ranks.output import Printed, folded, rendered
+from pardist_lib.ranks.output import HEAD, TAIL, Printed, folded, rendered
 from pardist_lib.ranks.program import _failure, _Process
 from pardist_lib.ranks.report import plural
 
@@ -337,10 +337,10 @@ def test_folding():
     assert folded({}) == []
     long = [str(i) for i in range(1000)]
     text = rendered({0: long}, colour=False)
-    assert "880 more lines, all of them in ranks.output[0]" in text and text.endswith("999")
+    assert f"{1000 - HEAD - TAIL} more lines, all of them in ranks.output[0]" in text and text.endswith("999")
     assert len(rendered({0: ["x" * 10_000]}, colour=False)) < 600
     apart = rendered({rank: [f"{rank}: {i}" for i in range(3000)] for rank in range(4)}, colour=False)
-    assert len(apart.splitlines()) == 4 * 121 and apart.count("2,880 more lines, all of them in ranks.output") == 4
+    assert len(apart.splitlines()) == 4 * (HEAD + TAIL + 1) and apart.count(f"{3000 - HEAD - TAIL:,} more lines, all of them in ranks.output") == 4
 
 
 def test_progress_bars_leave_their_last_state():

@@ -163,14 +163,6 @@ class ShardedOptimizer(OptimizerStateDicts, Optimizer):
             self.inner.add_param_group({**group, "params": [shards.get(p, p) for p in group["params"]]})
             self._take_settings()
 
-    def _take_settings(self):
-        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            ours.update({k: v for k, v in inner.items() if k != "params"})
-
-    def _give_settings(self):
-        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            inner.update({k: v for k, v in ours.items() if k != "params"})
-
     def _check(self):
         for bucket in self.buckets:
             check_unmoved(bucket)

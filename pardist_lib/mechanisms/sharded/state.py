@@ -54,7 +54,7 @@ class StateDicts:
 
 
 class OptimizerStateDicts:
-    """The part of ShardedOptimizer that saves and loads."""
+    """The part of ShardedOptimizer that saves and loads, and keeps its settings (lr, …) and its optimizer's alike."""
 
     def state_dict(self):
         """This rank's shard of the state, with the rank and the world it belongs to. Sends nothing."""
@@ -77,6 +77,14 @@ class OptimizerStateDicts:
         """A plain optimizer's state dict, or `full_state_dict` of a world of any size. Sends nothing."""
         load_full_optimizer_state(self.inner, state_dict)
         self._take_settings()
+
+    def _take_settings(self):
+        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            ours.update({k: v for k, v in inner.items() if k != "params"})
+
+    def _give_settings(self):
+        for ours, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update({k: v for k, v in ours.items() if k != "params"})
 
 
 def gather_local_shard(tensor, local, group=None):
