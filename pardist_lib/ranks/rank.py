@@ -141,7 +141,7 @@ def _described(error, with_earlier=True):
     frames = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__), lookup_lines=False)
     earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     try:
-        message = str(error)
+        message = "\n".join([str(error), *getattr(error, "__notes__", [])])
     except BaseException:
         message = "(its text cannot be shown: str() of it raises)"
     if isinstance(error, SyntaxError) and error.filename:

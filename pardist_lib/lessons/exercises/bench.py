@@ -9,7 +9,9 @@ from pardist_lib.ranks.report import folded, plural
 from pardist_lib.ranks.session import FRESH, unsendable
 
 from ..worlds import in_world
+from .causes import likeliest_cause
 from .judge import Wrong
+from .watch import CASE
 
 PATIENCE = 5.0  # seconds without a sign of life after which an answer hangs; right ones take milliseconds
 REPLACED = "The ranks were replaced: names that %%ranks cells had set are gone."
@@ -37,11 +39,12 @@ class Bench:
     def __init__(self, answer):
         self.answer, self.ranks, self.printed, self._known = answer, four_ranks(), "", set()
 
-    def __call__(self, fn, *args, n=4, about="", stuck=""):
+    def __call__(self, fn, *args, n=4, about="", stuck="", raises=()):
         """`fn(answer, *args)` on each rank of a world of n; returns its n results, which are `Seen`.
 
         n=1 runs in rank 0 alone. about: the case, for the reader. stuck: the diagnosis, where one is known, for
-        ranks that wait for ever or do not make the same calls. Raises Wrong, or Blocked.
+        ranks that wait for ever or do not make the same calls. raises: (pattern, clause), what an exception whose
+        "Type: message" has the pattern means in this exercise, before `causes`. Raises Wrong, or Blocked.
         """
         self._prepare(fn.__module__)
         on = [0] if n == 1 else None
@@ -52,7 +55,7 @@ class Bench:
             raise Wrong(unsendable(self.answer, args, {}, error)) from None
         except RankError as error:
             self.printed = self._said()
-            raise self._explained(error, about, stuck, n) from None
+            raise self._explained(error, about, stuck, raises, n) from None
         except RuntimeError as error:
             raise Blocked(str(error)) from None
         self.printed = self._said()
@@ -77,7 +80,7 @@ class Bench:
         cut = [f"… {len(lines) - 20} lines …"] if len(lines) > 20 else []
         return "\n".join(line[:200] for line in [*lines[:10], *cut, *lines[10:][-10:]])
 
-    def _explained(self, error, about, stuck, n):
+    def _explained(self, error, about, stuck, raises, n):
         head = str(error).splitlines()[0]
         where = error.where[:n]  # what ranks outside of this case do says nothing
         if error.rank is None:
@@ -103,8 +106,12 @@ class Bench:
             said = f"{head.partition(':')[0]}: {' '.join(error.message.split())}"
         elif "of type torch.Tensor" in error.message or "'NoneType'" in error.message:
             said = f"{head} (something is None there?)"
+        elif clause := likeliest_cause(error.cause, error.message, raises):
+            said = f"{head.rstrip('.')}: {clause}"
         else:
             said = head
+        if known := re.search(f"^{CASE}(.*)$", error.message, re.MULTILINE):
+            said = f"{known[1]}: {said}"
         note = REPLACED if FRESH in str(error) else ""
         doing = folded(where).replace("; ", "\n") if isinstance(error, RankHang) else ""
         wrong = Wrong(said, ", ".join(filter(None, [_spot(error), about])), got=doing, note=note)

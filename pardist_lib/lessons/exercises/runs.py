@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from ..worlds import group_of
 from .judge import Wrong, only_calls, same, type_of
-from .watch import plain, watched
+from .watch import plain, told, watched
 
 # ---- in one process -------------------------------------------------------------------------------------------
 
@@ -35,7 +35,7 @@ def _each(answer, inputs, catch):
         for args in inputs:
             own = copy.deepcopy(args)
             try:
-                found.append(plain(answer(*own)))
+                found.append(plain(told(answer, *own)))
             except catch as error:
                 found.append(f"{type(error).__name__}: {error}"[:200])
             stayed.append(alike(args, own))

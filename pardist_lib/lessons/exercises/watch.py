@@ -21,6 +21,7 @@ _SOLUTIONS = sorted((_LIBRARY / "lessons").glob("lesson*/solutions.py"))
 _REFERENCE = tuple(map(str, (f"{_LIBRARY / 'mechanisms'}/", f"{_LIBRARY / 'measure'}/", *_SOLUTIONS)))
 _TORCH = f"{Path(dist.__file__).parent}/"
 _DDP = f"{Path(torch.__file__).parent}/nn/parallel/distributed.py"
+CASE = "in the case: "
 
 
 @dataclass
@@ -243,3 +244,19 @@ def plain(value, depth=3):
     if hasattr(value, "item") and getattr(value, "size", None) == 1:  # a number of NumPy's
         return plain(value.item(), 0)
     return Other(type(value).__name__)
+
+
+def told(answer, *args, **options):
+    """`answer(*args, **options)`, one of several calls: what it raises tells the reader with which arguments."""
+    try:
+        return answer(*args, **options)
+    except Exception as error:
+        given = [_briefly(a) for a in args] + [f"{name}={_briefly(a)}" for name, a in options.items()]
+        error.add_note(f"{CASE}{getattr(answer, '__name__', 'answer')}({', '.join(given)})")
+        raise
+
+
+def _briefly(value):
+    if isinstance(value, torch.Tensor) and value.dim():
+        return f"a tensor {tuple(value.shape)}"
+    return repr(value.item() if isinstance(value, torch.Tensor) else value)[:60]

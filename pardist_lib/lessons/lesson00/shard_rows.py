@@ -9,7 +9,7 @@ from pardist_lib.ranks.report import plural
 from ..exercises.cases import what_is_new
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, type_of
-from ..exercises.watch import watched
+from ..exercises.watch import told, watched
 
 hints = (
     "Start with a number of rows that the ranks share evenly: where does rank 1 begin if each one gets k rows?",
@@ -28,7 +28,7 @@ def check(run):
 
 
 def _all_shards(answer, cases):
-    return watched(lambda: [[answer(n, rank, size) for rank in range(size)] for n, size in cases])
+    return watched(lambda: [[told(answer, n, rank, size) for rank in range(size)] for n, size in cases])
 
 
 def _judge(n, world_size, shards):

@@ -11,12 +11,12 @@ from .shared import on_every_tensor
 
 hints = (
     "tensor.view(-1).tensor_split(n) gives n pieces that are views: writing into a piece writes into tensor. A "
-    "rank sends to (rank + 1) % n and receives from (rank - 1) % n, in every step.",
-    "First n - 1 steps: in step s send piece (rank - s) % n, receive into a spare tensor, and add that to piece "
-    "(rank - s - 1) % n. After them, rank r has the finished piece (r + 1) % n.",
+    "rank sends to (rank - 1) % n and receives from (rank + 1) % n, in every step.",
+    "First n - 1 steps: in step s send piece (rank + s) % n, receive into a spare tensor, and add that to piece "
+    "(rank + s + 1) % n. After them, rank r has the finished piece (r - 1) % n.",
     "Then n - 1 steps more in which finished pieces go round: with s counting on from n - 1 the same two indices "
     "are right; what arrives replaces the piece instead of being added.",
-    "In each step: message = dist.isend(piece, right); dist.recv(spare, left); message.wait().",
+    "In each step: message = dist.isend(piece, left); dist.recv(spare, right); message.wait().",
 )
 
 
@@ -26,15 +26,16 @@ def check(run):
 
 def _judge(seen, before, about):
     n, total, to = len(seen), torch.stack(before).sum(0), peers(seen)
-    if any(who - {(r + 1) % n} for r, who in enumerate(to)) and all(who <= {(r - 1) % n} for r, who in enumerate(to)):
-        why = f"it runs the other way round: rank 0 sends to rank {n - 1}, and the ring goes to rank + 1"
-        raise Wrong(why, about, "to rank 1", f"to rank {n - 1}")
+    if any(who - {(r - 1) % n} for r, who in enumerate(to)) and all(who <= {(r + 1) % n} for r, who in enumerate(to)):
+        why = "it runs the other way round, as the ring of the lesson does: rank 0 sends to rank 1, and this ring goes "
+        why += "to rank - 1, so that other pieces leave and arrive in each step"
+        raise Wrong(why, about, f"to rank {n - 1}", "to rank 1")
     few = "one step too few in the first half: n - 1 steps until a piece has every rank's share"
     many = "one step too many in the first half: a rank's own share comes back to it and is added twice"
     copied = (
         "the first half copies what arrives (it has to be added to the rank's own share), or the second half starts "
     )
-    copied += "with the wrong piece: rank r has finished piece r + 1, and that one goes out first"
+    copied += "with the wrong piece: rank r has finished piece r - 1, and that one goes out first"
     unused = few  # both give the same
     if _messages(seen[0]) == 2 * (n - 1):
         unused = "what arrives is added into a new tensor, x = x + y: the piece itself has to grow, x += y"
@@ -73,10 +74,10 @@ def _ring(before, first=None, second=None, add=True, copy=True):
     tensors = [b.clone() for b in before]
     pieces = [t.view(-1).tensor_split(n) for t in tensors]
     for step in range(first + second):
-        moved = [pieces[r][(r - step) % n].clone() for r in range(n)]
+        moved = [pieces[r][(r + step) % n].clone() for r in range(n)]
         how = add if step < first else not copy
         for r in range(n):
-            piece, arrived = pieces[r][(r - step - 1) % n], moved[r - 1]
+            piece, arrived = pieces[r][(r + step + 1) % n], moved[(r + 1) % n]
             if how is not None:
                 piece.copy_(2 * arrived if how == "over" else piece + arrived if how else arrived)
     return tensors
@@ -90,9 +91,9 @@ def _judge_traffic(seen, n, tensor, about):
         why = f"everything passes through rank {made.index(max(made))}: its link carries {max(made):,} bytes while a "
         raise Wrong(f"the sum is right, but {why}ring asks {each:,g} of each rank", *shown)
     for rank, who in enumerate(to):
-        if who - {(rank + 1) % n}:
-            why = f"this is no ring: rank {rank} sends to {plural(sorted(who))}, and only rank {(rank + 1) % n} is its "
-            raise Wrong(f"the sum is right, but {why}right neighbour", *shown)
+        if who - {(rank - 1) % n}:
+            why = f"this is no ring: rank {rank} sends to {plural(sorted(who))}, and only rank {(rank - 1) % n} is its "
+            raise Wrong(f"the sum is right, but {why}left neighbour", *shown)
     if not least <= sum(made) <= most or (tensor.numel() % n == 0 and made != [each] * n):
         own_dtype(seen, tensor.dtype, about)
         _judge_pieces(seen, n, tensor, about)

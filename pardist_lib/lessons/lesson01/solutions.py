@@ -59,7 +59,7 @@ def my_ring_all_reduce(tensor: torch.Tensor) -> None:
 
     tensor: contiguous, any shape and dtype, the same on every rank; it may have fewer elements than ranks.
     In place: afterwards every rank's `tensor` holds the sum.
-    Sends: dist.isend and dist.irecv (or send, recv) only, each rank to rank + 1 only, the last one to rank 0.
+    Sends: dist.isend and dist.irecv (or send, recv) only, each rank to rank - 1 only, rank 0 to the last one.
     With n ranks and S bytes each rank sends 2(n - 1)/n · S: n - 1 steps in which one n-th of the tensor is
     passed on and added up, then n - 1 in which the finished n-ths go round. Where n does not divide the number of
     elements, some pieces have one element more than others, and never two.
@@ -67,10 +67,10 @@ def my_ring_all_reduce(tensor: torch.Tensor) -> None:
     rank, n = dist.get_rank(), dist.get_world_size()
     pieces = tensor.view(-1).tensor_split(n)  # views: what is written into a piece is written into tensor
     for step in range(2 * (n - 1)):
-        piece = pieces[(rank - step - 1) % n]
+        piece = pieces[(rank + step + 1) % n]
         arrived = torch.empty_like(piece)
-        message = dist.isend(pieces[(rank - step) % n], (rank + 1) % n)
-        dist.recv(arrived, (rank - 1) % n)
+        message = dist.isend(pieces[(rank + step) % n], (rank - 1) % n)
+        dist.recv(arrived, (rank + 1) % n)
         message.wait()
         if step < n - 1:
             piece += arrived  # one more rank's share of this piece

@@ -22,7 +22,7 @@ def check(run):
     for seed, (n, shape, wide, out, dtype, bias, new) in enumerate(CASES):
         about = f"{n} ranks, x {(*shape, wide)}, weight {(out, wide)}{'' if bias else ', no bias'}"
         with what_is_new(new):
-            seen = run(_column, shape, wide, out, dtype, bias, seed, n=n, about=about)
+            seen = run(_column, shape, wide, out, dtype, bias, seed, n=n, about=about, raises=RAISES)
             only_calls(seen, (), {"": "it calls {op}: a column-parallel layer sends nothing: its output stays split"})
             untouched(seen, about)
             _judge(seen, layer(shape, wide, out, dtype, bias, seed), torch.arange(out).tensor_split(n), about)
@@ -38,6 +38,14 @@ CASES = [  # ranks, shape of x, in, out, dtype, bias; what is new in it
     (3, (2,), 7, 11, F64, True, "with 3 ranks (is a 4 written into it?)"),
     (2, (2,), 3, 6, F32, False, "with 2 ranks"),
 ]
+
+
+RAISES = [
+    (r"mat1 and mat2|size mismatch",
+     "is the weight cut along dim=1, its input features? An output feature is a row of it, dim=0"),
+    (r"size of tensor a|broadcast|shape .* is invalid",
+     "is the bias still whole? To this rank's output features belongs the same part of it"),
+]  # fmt: skip
 
 
 def _column(answer, shape, wide, out, dtype, bias, seed):

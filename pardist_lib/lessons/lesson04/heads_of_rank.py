@@ -2,7 +2,7 @@
 
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong
-from ..exercises.watch import watched
+from ..exercises.watch import told, watched
 
 hints = (
     "With equally many heads on each rank, where does rank r begin? What if the division leaves a remainder?",
@@ -26,7 +26,7 @@ def check(run):
 def _all_ranks(answer, cases):
     def one(*case):
         try:
-            return answer(*case)
+            return told(answer, *case)
         except ValueError:
             return "ValueError"
 

@@ -4,7 +4,7 @@ import itertools
 
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, type_of
-from ..exercises.watch import watched
+from ..exercises.watch import told, watched
 
 hints = (
     "Who holds a worker back is the slowest of all: min(clocks). How far ahead of it is this one?",
@@ -32,11 +32,7 @@ def _asked(answer, inputs):
         results = []
         for clocks, worker, staleness in inputs:
             given = list(clocks)
-            try:
-                results.append((answer(given, worker, staleness), given == list(clocks)))
-            except Exception as error:
-                error.args = (", ".join([*map(str, error.args), _spelled(clocks, worker, staleness)]),)
-                raise
+            results.append((told(answer, given, worker, staleness), given == list(clocks)))
         return results
 
     return watched(all_of_them)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ..exercises.cases import what_is_new
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, only_calls
-from ..exercises.watch import Other, watched
+from ..exercises.watch import Other, told, watched
 
 hints = (
     "If all ranks shuffle all samples in the same way, each can take its own part of the same order.",
@@ -49,7 +49,7 @@ def _sampled(answer):
         return {"torch's": torch.get_rng_state().tolist(), "Python's": random.getstate(), "numpy's": numpys}
 
     def all_ranks(length, n, epoch, seed):
-        return [_as_list(answer(length, rank, n, epoch, seed)) for rank in range(n)]
+        return [_as_list(told(answer, length, rank, n, epoch, seed)) for rank in range(n)]
 
     def elsewhere():  # as in another process, where texts have other hashes
         names = getattr(answer, "__globals__", {})
@@ -78,8 +78,6 @@ def _has_text(value):
 
 
 def _as_list(value):
-    if isinstance(value, torch.Tensor) and value.dim() == 1:
-        value = value.tolist()
     if isinstance(value, (list, tuple, range)):
         whole = [hasattr(v, "__index__") and not isinstance(v, bool) for v in value]
         return [int(v) if fits else Other(type(v).__name__) for v, fits in zip(value, whole, strict=True)]
@@ -92,7 +90,8 @@ def _judge_deal(length, n, epoch, seed, lists, again):
     for rank, one in enumerate(lists):
         where = f"rank {rank}, {about}"
         if isinstance(one, Other):
-            raise Wrong(f"it returns a {one.type}: a list of numbers is asked for", where)
+            tolist = ", which its .tolist() makes" * (one.type in ("Tensor", "ndarray"))
+            raise Wrong(f"it returns a {one.type}: a list of numbers is asked for{tolist}", where)
         if strange := [i.type for i in one if isinstance(i, Other)]:
             raise Wrong(f"a {strange[0]} is in the list: a sample's number is a whole number (int)", where)
         if bad := [i for i in one if not 0 <= i < length]:

@@ -2,7 +2,7 @@
 
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, type_of
-from ..exercises.watch import watched
+from ..exercises.watch import told, watched
 
 hints = (
     "All n shards together must have room for numel elements: how long is the shortest shard that does it? "
@@ -26,7 +26,7 @@ def check(run):
 
 
 def _all_shards(answer, cases):
-    return watched(lambda: [[answer(numel, rank, n) for rank in range(n)] for numel, n in cases])
+    return watched(lambda: [[told(answer, numel, rank, n) for rank in range(n)] for numel, n in cases])
 
 
 def _shard(numel, rank, n):

@@ -8,7 +8,7 @@ from ..exercises.cases import F64
 from ..exercises.exercise import Exercise
 from ..exercises.judge import equal, same
 from ..exercises.runs import pair, silent
-from ..exercises.watch import watched
+from ..exercises.watch import told, watched
 from .shared import likeliest_first, number
 
 hints = (
@@ -78,7 +78,7 @@ def _through(rule, scale, good, interval, steps):
     """The states (scale, good steps) after each of these steps; no more of them after something else."""
     state, states = (scale, good), []
     for step in steps:
-        state = rule(*state, step == "x", interval)
+        state = told(rule, *state, step == "x", interval)
         states.append(state)
         if not isinstance(state, (tuple, list)) or len(state) != 2:
             break

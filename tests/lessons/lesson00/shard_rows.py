@@ -1,6 +1,7 @@
 """Wrong answers to shard_rows, as people really write them, and unusual right ones."""
 
 import numpy as np
+import torch
 
 from tests.lessons.planted import mistake, right
 
@@ -92,3 +93,9 @@ def a_slice(n, rank, world_size):
 def by_numpy(n, rank, world_size):
     rows = np.array_split(np.arange(n), world_size)[rank]
     return range(int(rows[0]), int(rows[-1]) + 1) if len(rows) else range(0)
+
+
+@mistake("shard_rows", "there are fewer parts than ranks: torch.chunk gives fewer where they do not come out even")
+def chunks(n, rank, world_size):
+    rows = torch.arange(n).chunk(world_size)[rank]
+    return range(int(rows[0]), int(rows[-1]) + 1)

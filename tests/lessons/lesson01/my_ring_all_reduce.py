@@ -12,14 +12,14 @@ def by_steps(tensor, first, second, pieces=None, add=True, copy=True):
     rank, n, left, right = ring()
     pieces = pieces or tensor.view(-1).tensor_split(n)
     for step in range(first):
-        piece = pieces[(rank - step - 1) % n]
+        piece = pieces[(rank + step + 1) % n]
         arrived = torch.empty_like(piece)
-        swap(pieces[(rank - step) % n], arrived, right, left)
+        swap(pieces[(rank + step) % n], arrived, left, right)
         piece.copy_(piece + arrived if add else arrived)
     for step in range(second):
-        piece = pieces[(rank - step) % n]
+        piece = pieces[(rank + step) % n]
         arrived = torch.empty_like(piece)
-        swap(pieces[(rank - step + 1) % n], arrived, right, left)
+        swap(pieces[(rank + step - 1) % n], arrived, left, right)
         piece.copy_(arrived if copy else piece + arrived)
 
 
@@ -46,9 +46,9 @@ def own_share_twice(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
     for step in range(2 * (n - 1)):
-        piece = pieces[(rank - step - 1) % n]
+        piece = pieces[(rank + step + 1) % n]
         arrived = torch.empty_like(piece)
-        swap(pieces[(rank - step) % n], arrived, right, left)
+        swap(pieces[(rank + step) % n], arrived, left, right)
         piece.copy_(piece + arrived if step < n else arrived)
 
 
@@ -107,7 +107,7 @@ def whole_tensors(tensor):
     passed_on = tensor.clone()
     for _ in range(n - 1):
         arrived = torch.empty_like(tensor)
-        swap(passed_on, arrived, right, left)
+        swap(passed_on, arrived, left, right)
         tensor += arrived
         passed_on = arrived
 
@@ -149,9 +149,9 @@ def the_other_way_round(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
     for step in range(2 * (n - 1)):
-        piece = pieces[(rank + step + 1) % n]
+        piece = pieces[(rank - step - 1) % n]
         arrived = torch.empty_like(piece)
-        swap(pieces[(rank + step) % n], arrived, left, right)
+        swap(pieces[(rank - step) % n], arrived, right, left)
         piece.copy_(piece + arrived if step < n - 1 else arrived)
 
 
@@ -161,7 +161,7 @@ def waits_for_the_wrong_neighbour(tensor):
     pieces = tensor.view(-1).tensor_split(n)
     for step in range(n - 1):
         arrived = torch.empty_like(pieces[0])
-        swap(pieces[(rank - step) % n], arrived, right, right)
+        swap(pieces[(rank + step) % n], arrived, left, left)
 
 
 @mistake("my_ring_all_reduce", "every rank is in send")
@@ -169,10 +169,10 @@ def sends_before_anyone_receives(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
     for step in range(n - 1):
-        piece = pieces[(rank - step - 1) % n]
+        piece = pieces[(rank + step + 1) % n]
         arrived = torch.empty_like(piece)
-        dist.send(pieces[(rank - step) % n], right)
-        dist.recv(arrived, left)
+        dist.send(pieces[(rank + step) % n], left)
+        dist.recv(arrived, right)
         piece += arrived
 
 
@@ -181,10 +181,10 @@ def leaves_its_messages_alone(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
     for step in range(2 * (n - 1)):
-        piece = pieces[(rank - step - 1) % n]
+        piece = pieces[(rank + step + 1) % n]
         arrived = torch.empty_like(piece)
-        dist.isend(pieces[(rank - step) % n], right)
-        dist.recv(arrived, left)
+        dist.isend(pieces[(rank + step) % n], left)
+        dist.recv(arrived, right)
         piece.copy_(piece + arrived if step < n - 1 else arrived)
 
 
@@ -201,9 +201,9 @@ def binds_new_pieces(tensor):
     rank, n, left, right = ring()
     pieces = list(tensor.view(-1).tensor_split(n))
     for step in range(2 * (n - 1)):
-        at = (rank - step - 1) % n
+        at = (rank + step + 1) % n
         arrived = torch.empty_like(pieces[at])
-        swap(pieces[(rank - step) % n], arrived, right, left)
+        swap(pieces[(rank + step) % n], arrived, left, right)
         pieces[at] = pieces[at] + arrived if step < n - 1 else arrived
 
 
@@ -263,23 +263,23 @@ def binds_a_name(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
     for step in range(2 * (n - 1)):
-        piece = pieces[(rank - step - 1) % n]
+        piece = pieces[(rank + step + 1) % n]
         arrived = torch.empty_like(piece)
-        swap(pieces[(rank - step) % n], arrived, right, left)
+        swap(pieces[(rank + step) % n], arrived, left, right)
         if step < n - 1:
             piece = piece + arrived
         else:
             piece.copy_(arrived)
 
 
-@mistake("my_ring_all_reduce", "or the second half starts with the wrong piece: rank r has finished piece r + 1")
+@mistake("my_ring_all_reduce", "or the second half starts with the wrong piece: rank r has finished piece r - 1")
 def second_half_from_its_own_piece(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
     for i, step in enumerate([*range(n - 1), *range(n - 1)]):
-        first, piece = i < n - 1, pieces[(rank - step - 1) % n]
+        first, piece = i < n - 1, pieces[(rank + step + 1) % n]
         arrived = torch.empty_like(piece)
-        swap(pieces[(rank - step) % n], arrived, right, left)
+        swap(pieces[(rank + step) % n], arrived, left, right)
         piece.copy_(piece + arrived if first else arrived)
 
 
@@ -288,20 +288,20 @@ def receives_over_its_own_share(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
     for step in range(2 * (n - 1)):
-        piece = pieces[(rank - step - 1) % n]
-        swap(pieces[(rank - step) % n].clone(), piece, right, left)
+        piece = pieces[(rank + step + 1) % n]
+        swap(pieces[(rank + step) % n].clone(), piece, left, right)
         if step < n - 1:
             piece += piece.clone()
 
 
-@mistake("my_ring_all_reduce", "rank 0 sends to rank 3, and the ring goes to rank + 1")
+@mistake("my_ring_all_reduce", "rank 0 sends to rank 1, and this ring goes to rank - 1")
 def the_pieces_for_the_right_to_the_left(tensor):
     rank, n, left, right = ring()
     pieces = tensor.view(-1).tensor_split(n)
     for step in range(2 * (n - 1)):
-        piece = pieces[(rank - step - 1) % n]
-        arrived = torch.empty(pieces[(rank - step + 1) % n].shape, dtype=tensor.dtype)
-        swap(pieces[(rank - step) % n], arrived, left, right)
+        piece = pieces[(rank + step + 1) % n]
+        arrived = torch.empty(pieces[(rank + step - 1) % n].shape, dtype=tensor.dtype)
+        swap(pieces[(rank + step) % n], arrived, right, left)
         piece.copy_(piece + arrived[: len(piece)] if step < n - 1 else arrived[: len(piece)])
 
 
@@ -328,10 +328,10 @@ def padded(tensor):
     for first, add in ((0, True), (-1, False)):
         for step in range(n - 1):
             arrived = torch.empty_like(rows[0])
-            message = dist.isend(rows[(rank - first - step) % n], (rank + 1) % n)
-            dist.recv(arrived, (rank - 1) % n)
+            message = dist.isend(rows[(rank + first + step) % n], (rank - 1) % n)
+            dist.recv(arrived, (rank + 1) % n)
             message.wait()
-            rows[(rank - first - step - 1) % n] = arrived + rows[(rank - first - step - 1) % n] * add
+            rows[(rank + first + step + 1) % n] = arrived + rows[(rank + first + step + 1) % n] * add
     tensor.copy_(rows.view(-1)[: flat.numel()].view_as(tensor))
     return tensor
 
@@ -344,10 +344,10 @@ def ends_with_its_own_piece(tensor):
     cuts = [flat.numel() * i // n for i in range(n + 1)]
     pieces = [flat[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
     for step in range(1, 2 * n - 1):
-        out, piece = pieces[(rank - step) % n], pieces[(rank - step - 1) % n]
+        out, piece = pieces[(rank + step) % n], pieces[(rank + step + 1) % n]
         arrived = torch.empty_like(piece)
         for message in dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, out, right), dist.P2POp(dist.irecv, arrived, left)]
+            [dist.P2POp(dist.isend, out, left), dist.P2POp(dist.irecv, arrived, right)]
         ):
             message.wait()
         if step < n:

@@ -72,7 +72,7 @@ def as_text(size_in_bytes, n):
     return str(2 * (n - 1) / n * size_in_bytes)
 
 
-@mistake("ring_bytes", "raised ZeroDivisionError")
+@mistake("ring_bytes", "raised ZeroDivisionError: division by zero: something is 0 here that can be: one rank")
 def divides_by_what_is_nothing(size_in_bytes, n):
     return 2 * size_in_bytes / (n / (n - 1))
 

@@ -139,3 +139,14 @@ def by_linear_on_moved_dimensions(x, weight, bias):
     begin, end = (sum(len(w) for w in weight.tensor_split(n)[:r]) for r in (rank, rank + 1))
     y = torch.einsum("...i,oi->...o", x, weight[begin:end])
     return y if bias is None else y.add_(bias[begin:end])
+
+
+@mistake("column_forward", "is the weight cut along dim=1, its input features? An output feature is a row of it, dim=0")
+def cuts_the_inputs(x, weight, bias):
+    n, rank = dist.get_world_size(), dist.get_rank()
+    return x @ weight.tensor_split(n, dim=1)[rank].T + bias.tensor_split(n)[rank]
+
+
+@mistake("column_forward", "is the bias still whole? To this rank's output features belongs the same part of it")
+def adds_the_whole_bias(x, weight, bias):
+    return x @ weight.tensor_split(dist.get_world_size())[dist.get_rank()].T + bias

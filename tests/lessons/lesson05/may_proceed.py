@@ -55,7 +55,7 @@ def looks_at_worker_0(clocks, worker, staleness):
     return staleness is None or clocks[worker] - clocks[0] <= staleness
 
 
-@mistake("may_proceed", "may_proceed([4], 0, 0)")
+@mistake("may_proceed", "([4], 0, 0): rank 0 raised ValueError: min() arg is an empty sequence: there can be nothing")
 def looks_at_the_others(clocks, worker, staleness):
     return staleness is None or clocks[worker] - min(clocks[:worker] + clocks[worker + 1 :]) <= staleness
 

@@ -133,7 +133,7 @@ def by_random_and_in_blocks(length, rank, n, epoch, seed=0):
     return order[length * rank // n : length * (rank + 1) // n]
 
 
-@right("sample_indices")
+@mistake("sample_indices", "it returns a Tensor: a list of numbers is asked for, which its .tolist() makes")
 def a_tensor(length, rank, n, epoch, seed=0):
     return torch.randperm(length, generator=torch.Generator().manual_seed(7 * seed + epoch))[rank::n]
 

@@ -210,3 +210,24 @@ def freezes_what_is_unused(model, rows, group=None):
         if p.grad is None:
             p.requires_grad_(False)
     weighted(model, rows, group)
+
+
+@right("weighted_gradients")
+def a_tensor_as_part(model, rows, group=None):
+    total = torch.tensor([rows])
+    dist.all_reduce(total, group=group)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= rows / total  # float32
+            dist.all_reduce(p.grad, group=group)
+
+
+@mistake("weighted_gradients", "4 times too small: the parts rows / total add up to 1")
+def a_tensor_as_part_and_divided(model, rows, group=None):
+    total = torch.tensor([float(rows)])
+    dist.all_reduce(total, group=group)
+    part = rows / total
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= part
+    all_reduced(model, group, dist.get_world_size(group))
