@@ -227,17 +227,19 @@ def _told(name, at, args, kwargs):
     return f"{name}({', '.join(parts)})"
 
 
-def install(ledger, rank):
-    """Make every collective and send/recv that Python code starts on this rank note itself first."""
+def install(ledger, rank, started):
+    """Make every collective and send/recv that Python code starts on this rank note itself first. started: called with
+    each one's work, the group's name ("" of a message), channel, number, members, the call and its place; it returns
+    the work."""
     import torch.distributed as dist
 
     cls = dist.ProcessGroup
     for method, (name, at) in _SAME.items():
         if hasattr(cls, method):
-            setattr(cls, method, _noting(ledger, rank, getattr(cls, method), name, at))
+            setattr(cls, method, _noting(ledger, rank, getattr(cls, method), name, at, started))
     for method in ("send", "recv"):
-        setattr(cls, method, _noting_p2p(ledger, rank, getattr(cls, method), method))
-    cls.recv_anysource = _noting_any_source(ledger, rank, cls.recv_anysource)
+        setattr(cls, method, _noting_p2p(ledger, rank, getattr(cls, method), method, started))
+    cls.recv_anysource = _noting_any_source(ledger, rank, cls.recv_anysource, started)
 
 
 _known = {}  # group name: global ranks
@@ -252,7 +254,7 @@ def _members(group):
     return _known[name]
 
 
-def _noting(ledger, rank, method, name, at):
+def _noting(ledger, rank, method, name, at, started):
     @functools.wraps(method)
     def call(group, *args, **kwargs):
         members = _members(group)
@@ -267,7 +269,8 @@ def _noting(ledger, rank, method, name, at):
                     f"{_advice(this, that[0])}{whose}\n"
                     f"      rank {rank} makes {this} at {where},\n      but rank {other} makes {that[0]} at {that[1]}"
                 )
-        return method(group, *args, **kwargs)
+        work = method(group, *args, **kwargs)
+        return started(work, group.group_name, here, number, members, this, where)
 
     return call
 
@@ -278,7 +281,7 @@ def _advice(mine, theirs):
     return "all ranks of a group must call with the same shape, dtype, operation and root"
 
 
-def _noting_p2p(ledger, rank, method, name):
+def _noting_p2p(ledger, rank, method, name, started):
     @functools.wraps(method)
     def call(group, tensors, peer, tag=0, *args, **kwargs):
         members = _members(group)
@@ -300,16 +303,18 @@ def _noting_p2p(ledger, rank, method, name):
                 "a message must be received into a tensor of the same size and dtype\n"
                 f"      rank {rank} makes {this} at {where},\n      but rank {other} makes {that[0]} at {that[1]}"
             )
-        return method(group, tensors, peer, tag, *args, **kwargs)
+        work = method(group, tensors, peer, tag, *args, **kwargs)
+        return started(work, "", here, number, (rank, other), this, where)
 
     return call
 
 
-def _noting_any_source(ledger, rank, method):
+def _noting_any_source(ledger, rank, method, started):
     @functools.wraps(method)
     def call(group, tensors, *args, **kwargs):
-        ledger.write(rank, ANY_SOURCE, f"recv({_what(tensors)}, from any rank)", place())
-        return method(group, tensors, *args, **kwargs)
+        this, where = f"recv({_what(tensors)}, from any rank)", place()
+        number = ledger.write(rank, ANY_SOURCE, this, where)
+        return started(method(group, tensors, *args, **kwargs), "", ANY_SOURCE, number, _members(group), this, where)
 
     return call
 

@@ -18,6 +18,7 @@ from .ledger import Ledger, is_readers
 from .output import Printed
 from .rank import END
 from .transport import Door, private_folder, receive
+from .waits import calls_of
 from .worker import GIVEN
 
 SLOW_START = 15  # seconds after which it is said what a start waits for
@@ -38,6 +39,7 @@ class Rank:
     def begin(self, taking_part):
         self.printed, self.marked, self.bar = Printed(), False, None
         self.outcome = ("busy", None) if taking_part else ("idle",)
+        self.spot = self.under_way = None  # see waits.py
 
     @property
     def joined(self):
@@ -54,7 +56,7 @@ class Link:
     """`n` ranks under one torchrun: their processes, connections and messages."""
 
     def __init__(self, n, threads, fork):
-        self.n, self.fork, self.generation, self.number = n, fork, 0, 0
+        self.n, self.fork, self.generation, self.number, self.asked = n, fork, 0, 0, 0
         self.ranks, self.workers, self.lost = [Rank(r) for r in range(n)], {}, None
         self.folder = private_folder("pardist-")
         self.door = Door(self.folder)
@@ -148,24 +150,33 @@ class Link:
         return moved
 
     def ask_where(self, seconds):
-        """Ask the watch thread of every busy rank for its stack: the outcome becomes ("busy", frames), or ("busy",
-        None, whether a signal has stopped it) where it does not answer. Returns {rank: collectives so far}, also those
-        of C++ code."""
-        asked = [r for r in self.ranks if r.outcome[0] == "busy" and _try(r.watch.send, "where")]
+        """Ask the watch thread of every rank for its stack and for its calls under way: the outcome of a busy one
+        becomes ("busy", frames), or ("busy", None, whether a signal has stopped it) where it does not answer. Returns
+        {busy rank: collectives so far}, also those of C++ code."""
+        self.asked += 1
+        asked = [r for r in self.ranks if r.outcome[0] != "died" and _try(r.watch.send, self.asked)]
         deadline, counted = time.monotonic() + seconds, {}
         while len(counted) < len(asked) and time.monotonic() < deadline:
             for r in asked:
                 if r.number in counted or not _try(r.watch.poll, 0.01):
                     continue
                 answer = _try(r.watch.recv)
-                counted[r.number] = answer and answer[1]
+                if answer and answer[0] != self.asked:
+                    continue  # a late one, to an earlier question
+                _, frames, spot, so_far, under_way = answer or (0, None, None, None, None)
+                counted[r.number] = so_far
                 if answer and r.outcome[0] == "busy":
-                    r.outcome = "busy", answer[0]
+                    r.outcome, r.spot = ("busy", frames), spot
+                r.under_way = under_way
             self.pump(0)
         for r in asked:
             if r.number not in counted and r.outcome[0] == "busy":
                 r.outcome = "busy", None, _stopped(r.pid)
-        return counted
+        return {r.number: counted[r.number] for r in asked if r.number in counted and r.outcome[0] == "busy"}
+
+    def calls(self):
+        """{rank: the call that it waits in}, for those that have just been asked."""
+        return calls_of(self.ranks, self.ledger)
 
     def last_calls(self):
         return [self.ledger.last(r) for r in range(self.n)]

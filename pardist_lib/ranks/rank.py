@@ -18,7 +18,7 @@ import types
 from contextlib import suppress
 
 from . import ledger as ledgers
-from . import surroundings
+from . import surroundings, waits
 from .transport import Parcel, call_in, receive
 
 END = b"\x1e"  # after a call's output: END, the call's number, END
@@ -46,7 +46,7 @@ def serve(folder, env, generation):
         call_in(folder, role="calls", problem=_described(error), **who)
         os._exit(1)
     if size <= 32:
-        ledgers.install(ledgers.Ledger(os.path.join(folder, "ledger"), size), rank)
+        ledgers.install(ledgers.Ledger(os.path.join(folder, "ledger"), size), rank, waits.started)
     THIS.rank, THIS.device = rank, device
     THIS.calls = call_in(folder, role="calls", backend=backend, device=str(device), **who)
     sys.modules["__main__"] = names
@@ -160,11 +160,13 @@ def _watch(conn, main_thread):
     """Answer the notebook's question what this rank is doing; end the rank when the notebook is gone."""
     try:
         while True:
-            conn.recv()
-            frame, frames = sys._current_frames().get(main_thread), []
+            question = conn.recv()
+            frame, frames, spot = sys._current_frames().get(main_thread), [], None
             for f, line in traceback.walk_stack(frame):
                 frames.append((f.f_code.co_filename, line or f.f_code.co_firstlineno, f.f_code.co_name))
-            conn.send((frames[::-1], _collectives_so_far()))
+                if spot is None and ledgers.is_readers(f.f_code.co_filename):
+                    spot = waits.spot(f)
+            conn.send((question, frames[::-1], spot, _collectives_so_far(), _under_way()))
     except (EOFError, OSError):
         os._exit(0)
 
@@ -177,6 +179,13 @@ def _collectives_so_far():
         return sum(group._get_sequence_number_for_group() for group in list(dist.distributed_c10d._world.pg_map))
     except Exception:
         return 0
+
+
+def _under_way():
+    try:
+        return waits.under_way()
+    except Exception:  # no group yet, or none any more; or a torch whose flight recorder is another one
+        return [], [], {}
 
 
 # ---- what the notebook sends for itself -----------------------------------------------------------------------

@@ -99,23 +99,24 @@ def excerpt(frames):
     return lines
 
 
-def doing(frames, last_call):
-    """One sentence fragment: what a rank was doing, from its stack and its last note in the ledger."""
+def doing(frames, call):
+    """One sentence fragment: what a rank was doing, from its stack and the call (waits.Call) that it was in."""
     here = _innermost(frames)
     if here is None:
         return "busy"
     filename, number, _ = here
-    spot = f"{cell_name(filename)}, line {number}"
-    if last_call and last_call[1] == f"{filename}:{number}":
-        return f"in {last_call[0]} at {spot}"
     source = linecache.getline(filename, number).strip()
-    return f"at {spot}" + (f": {source}" if source else "")
+    spot = f"at {cell_name(filename)}, line {number}"
+    if call and call.place == f"{filename}:{number}":
+        return f"in {call.text} {spot}"
+    return (f"in {call.text} " if call else "") + spot + (f": {source}" if source else "")
 
 
 # ---- outcomes -------------------------------------------------------------------------------------------------
 # A rank's outcome is a tuple: ("result", ...), ("error", described), ("died", exit code, time[, last lines]),
 # ("busy", frames) or ("busy", None[, whether a signal has stopped it]) where it does not answer, ("idle",) for a rank
-# that took no part in the call, ("stopped",) in a whole program.
+# that took no part in the call, ("left", "ended" or "left the group") for one that others could still be waiting for,
+# ("stopped",) in a whole program.
 
 
 def fate(code):
@@ -134,6 +135,16 @@ def fate(code):
 
 def _second_hand(described):
     return bool(_SECOND_HAND.search(described["message"])) and described["type"] != "CollectiveMismatch"
+
+
+_OF_A_PEER = re.compile(r"\.cc\b.*(by peer|Broken pipe)|remote (worker|process)")  # in gloo's and nccl's own words
+
+
+def _left_alone(outcomes):
+    """The ranks that had gone of their own accord, where that is all that the failures of the others tell."""
+    errors = [o[1]["message"] for o in outcomes.values() if o[0] == "error"]
+    gone = [r for r, o in outcomes.items() if o[0] == "left"]
+    return gone if second_hand_only(outcomes) and any(map(_OF_A_PEER.search, errors)) else []
 
 
 def root_cause(outcomes):
@@ -171,8 +182,8 @@ def harmless(outcomes):
     )
 
 
-def where(outcomes, last_calls):
-    """What each rank was doing at the end, as a list of strings in rank order."""
+def where(outcomes, calls):
+    """What each rank was doing at the end, as a list of strings in rank order. calls: {rank: waits.InCall}"""
     said = []
     for rank, (kind, *rest) in sorted(outcomes.items()):
         if kind == "result":
@@ -184,6 +195,8 @@ def where(outcomes, last_calls):
         elif kind == "error":
             second = " (because another rank had gone)" if _second_hand(rest[0]) else ""
             said.append(f"raised {rest[0]['type']}{second}")
+        elif kind == "left":
+            said.append(f"had {rest[0]}")
         elif kind == "stopped":
             said.append("was stopped")
         elif rest[0] is None and any(rest[1:]):
@@ -191,7 +204,7 @@ def where(outcomes, last_calls):
         elif rest[0] is None:
             said.append("did not answer: native code does not let its interpreter go")
         else:
-            said.append("was " + doing(rest[0], last_calls[rank]))
+            said.append("was " + doing(rest[0], calls[rank].call if rank in calls else None))
     return said
 
 
@@ -216,12 +229,12 @@ def native_frames(text):
     return [(file, int(number), name) for file, number, name in reversed(found)]
 
 
-def failure(outcomes, last_calls, fault_frames, ending, lost=()):
-    """The RankError for outcomes in which a rank failed. `ending`: what became of the ranks, in a sentence; `lost`:
-    names that cells had set on ranks that were replaced since."""
+def failure(outcomes, calls, last_calls, fault_frames, ending, lost=()):
+    """The RankError for outcomes in which a rank failed. `last_calls`: each rank's newest note in the ledger; `ending`:
+    what became of the ranks, in a sentence; `lost`: names that cells had set on ranks that were replaced since."""
     rank = root_cause(outcomes)
     kind, *rest = outcomes[rank]
-    said = where(outcomes, last_calls)
+    said = where(outcomes, calls)
     if kind == "died":
         sentence, cause = fate(rest[0])
         head, message, frames = f"rank {rank} {sentence}", sentence, fault_frames
@@ -240,6 +253,11 @@ def failure(outcomes, last_calls, fault_frames, ending, lost=()):
         if hint := _hint(described, lost):
             body.append(hint)
     same = same if kind == "error" else [rank]
+    if gone := _left_alone(outcomes):
+        how, others = outcomes[gone[0]][1], [r for r, o in outcomes.items() if o[0] == "error"]
+        still = f"{plural(others)} still waited for {'it' if len(gone) == 1 else 'them'}"
+        head = message = f"{plural(gone)} {how} while {still}"
+        rank, cause, same = gone[0], f"{how} early", gone
     rest_of_them = folded(said, leave_out=same)
     lines = [head, *body]
     if rest_of_them:
@@ -295,31 +313,36 @@ def details(outcomes, said):
     return "\n".join(parts)
 
 
-def hang(outcomes, last_calls, behind, seconds, ending, patience="ranks.run(..., timeout=…) or Ranks(…, timeout=…)"):
+def hang(outcomes, calls, seconds, ending, patience="ranks.run(..., timeout=…) or Ranks(…, timeout=…)"):
     """The RankHang for outcomes in which some rank is still busy. patience: how the reader lets it wait longer."""
-    said = where(outcomes, last_calls)
+    said = where(outcomes, calls)
     busy = [r for r, o in outcomes.items() if o[0] == "busy"]
-    waiting = [r for r in busy if said[r].startswith("was in ")]
-    elsewhere = [r for r in busy if r not in waiting]
-    gone = [r for r, o in outcomes.items() if o[0] in ("result", "idle")]
-    late = sorted({r for ahead, late in behind if set(ahead) & set(waiting) for r in late if r in gone})
-    blame, cause = None, "stall"
+    waiting = [r for r in busy if r in calls]
+    awaited = _awaited(waiting, calls)
+    elsewhere = [r for r in busy if r not in waiting and (r in awaited or not awaited)]
+    late = sorted(r for r, o in outcomes.items() if o[0] in ("result", "idle") and r in awaited)
+    silence, cause = f"no sign of life for {seconds:g} s", "stall"
     if waiting and late:
         blame = late[0]
         what = "takes no part in this call" if outcomes[blame][0] == "idle" else "returned without making that call"
         what = what if len(late) == 1 else what.replace("takes", "take")
-        head = f"{plural(waiting)} wait{'s' * (len(waiting) == 1)} for {plural(late)}, which {what}"
-        cause = "skipped call"
+        head, cause = f"{_wait_for(waiting, late)}, which {what}", "skipped call"
     elif waiting and elsewhere:
         blame = elsewhere[0]
-        wait = "waits" if len(waiting) == 1 else "wait"
-        head = f"{plural(waiting)} {wait} for {plural(elsewhere)}: no sign of life for {seconds:g} s"
-        cause = "stall"
+        head = f"{_wait_for(waiting, elsewhere)}: {silence}"
+    elif waiting and awaited:
+        some, others = _sides(waiting, calls)
+        blame, cause = some[0], "deadlock"
+        if others:
+            each = f"{_wait_for(some, others)}, and {plural(others)} for {plural(some)} in another call"
+        elif len(waiting) > 1:
+            each = f"{plural(waiting)} wait for each other"
+        else:
+            each = f"{plural(waiting)} waits for a message that nobody sends"
+        head = f"{each}: a deadlock, {silence}"
     elif waiting:
         blame = waiting[0]
-        each = "wait for each other" if len(waiting) > 1 else "waits for a message that nobody sends"
-        head = f"{plural(waiting)} {each}: a deadlock, no sign of life for {seconds:g} s"
-        cause = "deadlock"
+        head = f"{plural(waiting)} {'wait' if len(waiting) > 1 else 'waits'} in a call that does not end: {silence}"
     else:
         blame = busy[0]
         head = f"no sign of life from {plural(busy)} for {seconds:g} s"
@@ -343,6 +366,33 @@ def hang(outcomes, last_calls, behind, seconds, ending, patience="ranks.run(...,
         where=said,
         details=details(outcomes, said),
     )
+
+
+def _wait_for(some, others):
+    return f"{plural(some)} wait{'s' * (len(some) == 1)} for {plural(others)}"
+
+
+def _awaited(waiting, calls):
+    """The ranks that a waiting one waits for, and those that these wait for."""
+    found, more = set(), set(waiting)
+    while more:
+        reached = set().union(*(calls[r].missing for r in more if r in calls))
+        more = reached - found
+        found |= more
+    return found
+
+
+def _sides(waiting, calls):
+    """Waiting ranks as two lists, the shorter first: those in one collective and those in another that wait for them;
+    (waiting, []) where it is not so simple."""
+    sides = {}
+    for rank in waiting:
+        sides.setdefault((calls[rank].call.group, calls[rank].call.text), []).append(rank)
+    if len(sides) == 2 and all(group for group, _ in sides):
+        one, two = sorted(sides.values(), key=len)
+        if all(set(two) & calls[r].missing for r in one) and all(set(one) & calls[r].missing for r in two):
+            return one, two
+    return waiting, []
 
 
 def unfinished(behind, last_calls, ending):

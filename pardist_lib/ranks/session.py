@@ -220,7 +220,7 @@ class Ranks:
             return [r.outcome[1].load() for r in mine]
         except KeyboardInterrupt:
             link.ask_where(0.5)
-            said = report.folded(report.where(self._outcomes(), link.last_calls()))
+            said = report.folded(report.where(self._outcomes(), link.calls()))
             raise report.RanksInterrupted(f"{said}\n{self._replace(FRESH)}") from None
         finally:
             live.finish(mine)
@@ -259,13 +259,8 @@ class Ranks:
 
     def _cannot_go_on(self):
         """True where a rank waits for a call that another one, already back, did not make."""
-        link = self._link
-        back = {r.number for r in link.ranks if r.outcome[0] in ("result", "idle")}
-        said = report.where(self._outcomes(), link.last_calls())
-        return any(
-            set(late) <= back and any(said[r].startswith("was in ") for r in ahead)
-            for ahead, late in link.ledger.behind()
-        )
+        back = {r.number for r in self._link.ranks if r.outcome[0] in ("result", "idle")}
+        return any(one.missing and one.missing <= back for one in self._link.calls().values())
 
     def _failed(self, mine):
         link, began = self._link, time.monotonic()
@@ -274,16 +269,17 @@ class Ranks:
             if time.monotonic() - began > (1.5 if report.second_hand_only(self._outcomes()) else 0.4):
                 break  # a rank whose neighbour has gone is not the cause: on a busy machine the cause comes later
         link.ask_where(0.5)
-        outcomes, lasts = self._outcomes(), link.last_calls()
+        gone = {r.number: ("left", "left the group") for r in mine if r.outcome[0] == "result" and not r.in_group}
+        outcomes, calls, lasts = self._outcomes() | gone, link.calls(), link.last_calls()
         faults = link.fault_frames(report.root_cause(outcomes))
         self._settled = not link.ledger.behind() and report.harmless(outcomes) and all(r.in_group for r in mine)
         lost = set(self._lost)
-        return report.failure(outcomes, lasts, faults, _KEPT if self._settled else self._replace(FRESH), lost)
+        return report.failure(outcomes, calls, lasts, faults, _KEPT if self._settled else self._replace(FRESH), lost)
 
     def _hung(self, seconds):
         link = self._link
-        outcomes, lasts, behind = self._outcomes(), link.last_calls(), link.ledger.behind()
-        return report.hang(outcomes, lasts, behind, round(seconds, 1), self._replace(FRESH))
+        outcomes, calls = self._outcomes(), link.calls()
+        return report.hang(outcomes, calls, round(seconds, 1), self._replace(FRESH))
 
     def _outcomes(self):
         return {r.number: r.outcome for r in self._link.ranks}
