@@ -18,7 +18,9 @@ def card(ranks):
     head = " · ".join(filter(None, [f"<b>Ranks({ranks.n})</b>", html.escape(ranks.state), ranks.backend, again]))
     code = f'<code style="background:none">{html.escape(ranks.command)}</code>'
     told = f'<details style="opacity:.75"><summary>the command that started them</summary>{code}</details>'
-    return f'<div style="font-size:90%">{head}<br>{chips}{told}</div>'
+    end = "They end with the kernel: after its restart, run the cells from the top again."
+    end = f'<div style="opacity:.75">{end}</div>' * (ranks.state != "closed")
+    return f'<div style="font-size:90%">{head}<br>{chips}{end}{told}</div>'
 
 
 def process_rows(link):

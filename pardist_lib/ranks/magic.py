@@ -4,6 +4,7 @@ import linecache
 import re
 import traceback
 
+from .again import ALL_ABOVE, cell_to_run, notebook_file
 from .ledger import is_readers
 from .session import Ranks, close_forgotten, newest, open_ones
 
@@ -61,10 +62,22 @@ def _named(source):
 
 
 def after_cell(result):
-    """Once a cell has run: end the sets that it has let go, and say what a rank's own error means in the notebook."""
+    """Once a cell has run: end the sets that it has let go, and say what a rank's own error means in the notebook, and
+    which cell sets a name that is not there."""
     close_forgotten()
-    if said := _not_a_rank(result.error_in_exec):
+    if said := _not_a_rank(result.error_in_exec) or _not_set(result.error_in_exec):
         print(said)
+
+
+def _not_set(error):
+    """A hint where a name is missing because its cell has not run since the kernel started, else None."""
+    from IPython import get_ipython
+
+    if not isinstance(error, NameError) or not error.name or error.name in get_ipython().user_ns:
+        return None
+    if error.name in ("ranks", "Ranks") and not notebook_file():
+        return f"`{error.name}` is not set in this kernel: run the cell that sets it, {ALL_ABOVE}"
+    return cell_to_run(error.name)
 
 
 def _not_a_rank(error):

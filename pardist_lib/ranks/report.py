@@ -11,6 +11,7 @@ import signal
 import sys
 from types import ModuleType
 
+from .again import cell_to_run
 from .ledger import is_ours, is_readers
 
 _SECOND_HAND = re.compile(
@@ -297,6 +298,8 @@ def _hint(described, lost):
             return f"`{name}` was imported in the notebook, not on the ranks: {line} in the %%ranks cell"
         if shell and described["type"] == "NameError" and name in shell.user_ns:
             return f"`{name}` lives in the notebook, not on the ranks: send it with ranks.push({name}={name})"
+        if shell and described["type"] == "NameError":
+            return cell_to_run(name, on_ranks=True)
     return None
 
 

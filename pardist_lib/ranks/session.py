@@ -1,6 +1,5 @@
 """`Ranks`: warm ranks under torchrun, driven from a notebook or a script."""
 
-import ast
 import atexit
 import gc
 import inspect
@@ -13,6 +12,7 @@ import warnings
 import weakref
 
 from . import report
+from .again import names_set_in
 from .card import card, process_rows
 from .link import HERE, Link
 from .output import Live, in_notebook
@@ -122,7 +122,7 @@ class Ranks:
         try:
             self.run(run_cell, source, filename, on=on)
         finally:
-            self._keep(_names_set_in(source))
+            self._keep(names_set_in(source))
 
     def _keep(self, names):
         self._set |= set(names)
@@ -322,18 +322,6 @@ def _does_not_fit(fn, args, kwargs):
         name = getattr(fn, "__name__", type(fn).__name__)
         wanted = [p.name if p.default is p.empty else str(p) for p in signature.parameters.values()]
         return f"{name}: {problem}. It is called as ranks.run({', '.join([name, *wanted])}), on every rank"
-
-
-def _names_set_in(source):
-    """The names that a cell gives values to: what its ranks may have afterwards."""
-    try:
-        nodes = list(ast.walk(ast.parse(source)))
-    except SyntaxError:
-        return set()
-    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    names |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    imports = [name for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for name in node.names]
-    return names | {(name.asname or name.name).split(".")[0] for name in imports}
 
 
 def unsendable(fn, args, kwargs, error):

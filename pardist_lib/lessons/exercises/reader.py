@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pardist_lib import lessons
 from pardist_lib.pictures.table import Table
+from pardist_lib.ranks.again import notebook_file
 
 from . import answers
 from .bench import Bench, Blocked
@@ -89,14 +90,14 @@ class Words:
 # ---- what a reader calls --------------------------------------------------------------------------------------
 
 
-def check(name, answer=None):
+def check(name=None, answer=None):
     """Check an answer on real ranks; without one, check again the one that is saved. Returns a `Verdict`.
 
     Never raises, whatever the answer does. An answer that was tried is kept in pardist_answers/ beside the
     notebooks, with everything that was tried before; a blank (`raise NotImplementedError`) is not.
     """
     if unknown := _unknown(name):
-        return Verdict(str(name), "blocked", unknown)
+        return Verdict(str(name or "check"), "blocked", unknown)
     if answer is not None:
         text = answers.text_of(answer, name)
         return _not_an_answer(name, answer) or _kept(_judged(name, answer), text)
@@ -113,8 +114,8 @@ def check(name, answer=None):
     return _not_an_answer(name, answer) or _kept(_judged(name, answer), text)
 
 
-def hint(name):
-    """The next hint for an exercise, with those before it."""
+def hint(name=None):
+    """The next hint for an exercise, with those before it; without a name, which exercises this lesson has."""
     if unknown := _unknown(name):
         return Words(unknown)
     hints = exercise_of(name).hints
@@ -124,8 +125,8 @@ def hint(name):
     return Words("\n".join([*lines, more]))
 
 
-def solution(name):
-    """One solution of an exercise, as readable code."""
+def solution(name=None):
+    """One solution of an exercise, as readable code; without a name, which exercises this lesson has."""
     if unknown := _unknown(name):
         return Words(unknown)
     return Words(f"One way to write {name}:", inspect.getsource(reference(name)).rstrip())
@@ -173,6 +174,11 @@ def reference(name):
 def _unknown(name):
     """A sentence where there is no such exercise, else None."""
     names = exercises()
+    if name is None:
+        file = notebook_file()
+        here = [known for known, lesson in names.items() if file and file.name.startswith(f"{lesson}_")]
+        which = f"this lesson has {', '.join(map(repr, here))}" if here else f"there are {', '.join(map(repr, names))}"
+        return f"Which exercise? Its name goes between the brackets, in quotes: {which}"
     if isinstance(name, str) and name in names:
         return None
     if callable(name):
