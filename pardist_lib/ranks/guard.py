@@ -29,7 +29,8 @@ def main(folder, mode, *command):
     from pardist_lib.ranks.host import PRELOADED, as_its_own_process, end_group
     from pardist_lib.ranks.transport import Door
 
-    notebook, door, workers = os.dup(0), Door(folder), {}  # connection of a worker: pid of its rank
+    notebook, door = os.dup(0), Door(folder)
+    workers, notes = {}, {}  # connection of a worker: pid of its rank; where to note how it ended by itself
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     alarm, ring = os.pipe()
     os.set_blocking(ring, False)
@@ -65,7 +66,10 @@ def main(folder, mode, *command):
                 except (EOFError, OSError):  # torchrun has killed it in the middle
                     worker.close()
                     continue
-                workers[worker] = os.fork()
+                note = os.path.join(folder, f"ended-{job['env']['LOCAL_RANK']}")
+                with suppress(FileNotFoundError):
+                    os.unlink(note)  # torchrun starts it again
+                notes[worker], workers[worker] = note, os.fork()
                 if not workers[worker]:
                     as_its_own_process()
                     door.listener._listener._socket.close()  # the guard's ends must end with the guard
@@ -75,6 +79,7 @@ def main(folder, mode, *command):
                 for fd in job["output"]:
                     os.close(fd)
             else:
+                notes.pop(ready, None)  # from here on it does not end by itself
                 try:
                     os.kill(workers[ready], ready.recv())  # a signal that it was sent, for its rank
                 except (EOFError, OSError):  # torchrun has killed it
@@ -86,6 +91,9 @@ def main(folder, mode, *command):
                 code = status
             for worker in [w for w, rank in workers.items() if rank == pid]:
                 del workers[worker]
+                if note := notes.pop(worker, None):
+                    with open(note, "w") as file:
+                        file.write(str(status))
                 with suppress(OSError):  # it may have been killed meanwhile
                     worker.send(status)
                 worker.close()

@@ -129,13 +129,13 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
             r.read()
         printed = [r.printed.text() for r in ranks]
         if code is None:
-            outcomes = {r.number: ("busy", frames) for r, frames in zip(ranks, _where(folder, ranks), strict=True)}
-            raise report.hang(
-                outcomes, [None] * nproc, [], timeout, "The program was stopped.", "torchrun(..., timeout=…)"
-            )
+            frames, ended = _where(folder, ranks), _ended(folder)
+            over = ended if len(ended) < nproc else ()  # else it is torchrun itself that does not end
+            outcomes = {r.number: ("result",) if r.number in over else ("busy", frames[r.number]) for r in ranks}
+            raise report.hang(outcomes, {}, timeout, "The program was stopped.", "torchrun(..., timeout=…)")
         if code:
             said = Path(folder, "torchrun.log").read_text(errors="replace")
-            raise _failure(ranks, said, code)
+            raise _failure(ranks, said, code, _ended(folder))
         return printed
     except KeyboardInterrupt:
         raise report.RanksInterrupted("the program was stopped") from None
@@ -158,21 +158,30 @@ def _where(folder, ranks):
     return [report.native_frames(path[0].read_text()) if path else [] for path in paths]
 
 
+def _ended(folder):
+    """{rank: exit code} of those that ended by themselves, as guard.py has noted; {} where nothing was forked."""
+    return {int(path.name.removeprefix("ended-")): int(path.read_text()) for path in Path(folder).glob("ended-*")}
+
+
 def _attempt_and_name(path):
     return int(path.parts[-3].removeprefix("attempt_")), path.name != "stdout.log"
 
 
-def _failure(ranks, said, code):
+def _failure(ranks, said, code, noted=()):
+    """The RankError for a program. said: torchrun's log; noted: as of `_ended`."""
     times = {
         int(rank): (datetime.fromisoformat(at.replace("_", "T")), int(code)) for at, rank, code in _FAILED.findall(said)
     }
     first, outcomes = min((at for at, _ in times.values()), default=None), {}
     for r in ranks:
-        described, (at, ended) = r.described(), times.get(r.number, (first, 0))
+        by_itself = dict(noted).get(r.number)
+        described, (at, ended) = r.described(), times.get(r.number, (first, by_itself or 0))
         # torchrun ends those who outlived the first failure: SIGTERM, and after a while SIGKILL
         by_torchrun = ended == -signal.SIGTERM or ended == -signal.SIGKILL and (at - first).seconds >= SHUTDOWN
         if ended < 0 and not by_torchrun:
             outcomes[r.number] = "died", ended, r.error_since or 0, r.printed.lines()[-3:]
+        elif by_itself == 0:
+            outcomes[r.number] = "left", "ended"
         elif described:
             outcomes[r.number] = "error", described
         elif ended > 0:
@@ -180,12 +189,16 @@ def _failure(ranks, said, code):
         else:
             outcomes[r.number] = ("stopped",)
         r.forget_traceback()
+    others = [r for r, outcome in outcomes.items() if outcome[0] == "stopped"]
+    if report.second_hand_only(outcomes) and not any(outcome[0] == "left" for outcome in outcomes.values()):
+        for rank in others:  # nobody else can have closed the connection
+            outcomes[rank] = "left", "left the group", len(others) > 1
     nobody, ending = [None] * len(ranks), "torchrun stopped the whole program."
     if report.root_cause(outcomes) is None:
         return report.RankError(f"torchrun ended with exit code {code}:\n{said.strip()[-1500:]}", cause="torchrun")
     if any(outcome[:2] == ("died", -signal.SIGABRT) and _AT_ITS_END in outcome[3] for outcome in outcomes.values()):
         ending = f"{_OUTLIVED}\n{ending}"
-    return report.failure(outcomes, nobody, [], ending)
+    return report.failure(outcomes, {}, nobody, [], ending)
 
 
 # torch 2.13: a gloo thread that wants Python's lock when Python is shutting down takes the process with it. The

@@ -20,6 +20,11 @@ _SECOND_HAND = re.compile(
 )
 
 
+# What code raises that was told of another rank's end, or saw it: the cause where nobody has another one
+_OF_ANOTHERS_END = {"ConnectionError", "ConnectionResetError", "ConnectionAbortedError", "ConnectionRefusedError",
+                    "BrokenPipeError", "EOFError", "DistNetworkError", "DistStoreError"}  # fmt: skip
+
+
 class RankError(RuntimeError):
     """A call failed on a rank.
 
@@ -116,8 +121,8 @@ def doing(frames, call):
 # ---- outcomes -------------------------------------------------------------------------------------------------
 # A rank's outcome is a tuple: ("result", ...), ("error", described), ("died", exit code, time[, last lines]),
 # ("busy", frames) or ("busy", None[, whether a signal has stopped it]) where it does not answer, ("idle",) for a rank
-# that took no part in the call, ("left", "ended" or "left the group") for one that others could still be waiting for,
-# ("stopped",) in a whole program.
+# that took no part in the call, ("left", "ended" or "left the group"[, True where it may have been another one]) for
+# one that others could still be waiting for, ("stopped",) in a whole program.
 
 
 def fate(code):
@@ -156,20 +161,21 @@ def root_cause(outcomes):
         if kind == "died":
             return 1, rest[1], rank
         described = rest[0]
-        return (
-            (0 if described["type"] == "CollectiveMismatch" else 3 if _second_hand(described) else 2),
-            described["time"],
-            rank,
-        )
+        if described["type"] == "CollectiveMismatch":
+            return 0, described["time"], rank
+        later = 2 if _second_hand(described) else described["type"] in _OF_ANOTHERS_END
+        return 2 + later, described["time"], rank
 
     failed = [item for item in outcomes.items() if item[1][0] in ("error", "died")]
     return min(failed, key=order)[0] if failed else None
 
 
 def second_hand_only(outcomes):
-    """True where some rank failed, and all of them only because another one had gone."""
+    """True where some rank failed, and all of them, it seems, only because another one had gone."""
     rank = root_cause(outcomes)
-    return rank is not None and outcomes[rank][0] == "error" and _second_hand(outcomes[rank][1])
+    if rank is None or outcomes[rank][0] != "error":
+        return False
+    return outcomes[rank][1]["type"] in _OF_ANOTHERS_END or _second_hand(outcomes[rank][1])
 
 
 def harmless(outcomes):
@@ -197,7 +203,7 @@ def where(outcomes, calls):
             second = " (because another rank had gone)" if _second_hand(rest[0]) else ""
             said.append(f"raised {rest[0]['type']}{second}")
         elif kind == "left":
-            said.append(f"had {rest[0]}")
+            said.append(f"had {rest[0]}{', or was stopped' * any(rest[1:])}")
         elif kind == "stopped":
             said.append("was stopped")
         elif rest[0] is None and any(rest[1:]):
@@ -255,9 +261,10 @@ def failure(outcomes, calls, last_calls, fault_frames, ending, lost=()):
             body.append(hint)
     same = same if kind == "error" else [rank]
     if gone := _left_alone(outcomes):
-        how, others = outcomes[gone[0]][1], [r for r, o in outcomes.items() if o[0] == "error"]
-        still = f"{plural(others)} still waited for {'it' if len(gone) == 1 else 'them'}"
-        head = message = f"{plural(gone)} {how} while {still}"
+        how, doubt = outcomes[gone[0]][1], any(outcomes[gone[0]][2:])
+        others = [r for r, o in outcomes.items() if o[0] == "error"]
+        still = f"{plural(others)} still waited for {'it' if len(gone) == 1 or doubt else 'them'}"
+        head = message = f"{'one of ' * doubt}{plural(gone)} {how} while {still}"
         rank, cause, same = gone[0], f"{how} early", gone
     rest_of_them = folded(said, leave_out=same)
     lines = [head, *body]

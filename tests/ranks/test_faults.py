@@ -24,6 +24,7 @@ GRACE = 3.0  # a message comes at most this much later
 @pytest.fixture(scope="module")
 def ranks():
     with Ranks(4, timeout=TIMEOUT) as ranks:
+        ranks.run(rank_sum, timeout=60)  # they import this module
         yield ranks
 
 
@@ -40,7 +41,7 @@ def fails(ranks, fn, *args, error=RankError, within=GRACE, **kwargs):
         ranks.run(fn, *args, **kwargs)
     took = time.monotonic() - began
     assert took < within, f"the message took {took:.1f} s"
-    assert ranks.run(rank_sum) == [6.0] * 4
+    assert ranks.run(rank_sum, timeout=60) == [6.0] * 4  # fresh ones import this module again
     return caught.value
 
 
@@ -411,17 +412,47 @@ def test_exceptions_that_are_hard_to_tell(ranks):
     assert "ranks 0–3 raised Unspeakable: (its text cannot be shown" in str(fails(ranks, unspeakable))
 
 
-def test_the_cause_may_come_later_than_its_consequences(ranks):
+@pytest.mark.parametrize(
+    "consequence",
+    [
+        RuntimeError("Connection closed by peer [127.0.0.1]:1"),
+        ConnectionError("worker 1 is lost"),
+        EOFError(),
+        BrokenPipeError(32, "gone"),
+        dist.DistNetworkError("failed to recv, got 0 bytes"),
+    ],
+)
+def test_the_cause_may_come_later_than_its_consequences(ranks, consequence):
     """On a busy machine the neighbours' "connection closed" can be told long before the death that closed it."""
 
     def told_late():
         if dist.get_rank() == 1:
             time.sleep(0.9)
             raise ValueError("the cause")
-        raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
+        raise consequence
 
     error = fails(ranks, told_late)
     assert (error.rank, error.message) == (1, "the cause")
+
+
+def test_a_lost_connection_is_the_cause_where_there_is_no_other(ranks):
+    def refused():
+        if dist.get_rank() == 2:
+            raise ConnectionRefusedError("no server")
+
+    error = fails(ranks, refused)
+    assert (error.rank, error.cause) == (2, "ConnectionRefusedError") and "still there" in str(error)
+
+
+def test_a_rank_that_left_the_group_is_named_and_not_those_who_waited(ranks):
+    def leaves():
+        if dist.get_rank() == 1:
+            return dist.destroy_process_group()
+        dist.barrier()  # nobody comes
+
+    error = fails(ranks, leaves)
+    assert str(error).startswith("rank 1 left the group while ranks 0, 2, 3 still waited for it")
+    assert error.rank == 1 and error.line == line_of(leaves, "nobody comes")
 
 
 def test_after_a_kill_the_next_call_answers_within_a_second(ranks):
