@@ -47,8 +47,10 @@ def named_tensors(module):
 
 
 @torch.no_grad()
-def take_from_first(tensors, group=None, bucket_mb=25):
+def take_from_first(tensors, group=None, bucket_mb=25, *, counted=True):
     """Set tensors (parameters, buffers) to those of the group's first rank, in place, on every rank.
+
+    counted: autograd counts it as a change, and refuses a backward that was to come and has saved one of them.
 
     Of any dtype and layout in memory; shapes the same on all ranks. The first rank broadcasts S bytes, in one call for
     each `bucket_mb` MB of one dtype and device.
@@ -56,7 +58,7 @@ def take_from_first(tensors, group=None, bucket_mb=25):
     for t in tensors:
         if any(step == 0 and size > 1 for size, step in zip(t.shape, t.stride(), strict=True)):
             t.data = t.detach().clone(memory_format=torch.contiguous_format)  # an expanded one cannot be written to
-    for bucket in _buckets([t.detach() for t in tensors], bucket_mb * 2**20):
+    for bucket in _buckets([t.detach() if counted else t.data for t in tensors], bucket_mb * 2**20):
         flat = torch.cat([t.reshape(-1) for t in bucket])
         dist.broadcast(flat.view(torch.uint8), group=group, group_src=0)  # gloo does not know every dtype
         for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):

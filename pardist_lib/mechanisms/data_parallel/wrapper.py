@@ -97,7 +97,8 @@ class DataParallel(UnevenBatches, nn.Module):
                 checks.every_rank_has_rows((args, kwargs), self.group)
             checks.no_parameter_is_new(self.module, self.names)
             if self.broadcast_buffers and self._syncing and self.training:
-                take_from_first(list(self.module.buffers()), self.group)
+                # a backward to come may have saved them: BatchNorm's, which it does not look at, or equal ones
+                take_from_first(list(self.module.buffers()), self.group, counted=False)
         return self.module(*args, **kwargs)
 
     # ---- backward -------------------------------------------------------------------------------------------------

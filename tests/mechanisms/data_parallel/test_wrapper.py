@@ -323,6 +323,38 @@ def test_buffers_again_each_forward_where_asked_for(ranks_of):
     assert trace.results == [(rank + 5, 5) for rank in range(4)]
 
 
+class Drifts(nn.Module):
+    """A buffer that backward needs, and that each forward replaces by another one, on each rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("factor", torch.ones(4))
+
+    def forward(self, x):
+        y = self.linear(x) * self.factor
+        self.factor = self.factor + dist.get_rank() + 1
+        return y
+
+
+def called_twice(kind, net):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(4).train(net != "statistics that stand still")
+    made = Drifts() if net == "drifts" else nn.Sequential(nn.Linear(4, 4), norm)
+    own = {"sync_batch_norm": False} if kind is DataParallel else {}
+    model = kind(made.double(), broadcast_buffers=True, **own)
+    x = torch.randn(6, 4, dtype=torch.float64) + dist.get_rank()
+    (model(x).square().mean() + model(x + 1).square().mean()).backward()  # as a GAN's discriminator is called
+    return {**gradients(model.module), **dict(model.module.named_buffers())}
+
+
+@pytest.mark.parametrize("net", ["norm", "statistics that stand still", "drifts"])
+def test_buffers_come_anew_between_two_forwards_of_one_backward(ranks_of, net):
+    theirs = ranks_of(4).run(called_twice, DistributedDataParallel, net, quiet=True)
+    for got, expected in zip(ranks_of(4).run(called_twice, DataParallel, net, quiet=True), theirs, strict=True):
+        same(got, expected, torch.float64, net)
+
+
 # ---- what models and training loops do besides ----------------------------------------------------------------
 
 
