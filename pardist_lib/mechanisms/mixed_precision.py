@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 from .collectives.agreement import sum_over_ranks
+from .collectives.parts import replaced
 from .group import rank_and_size
 
 
@@ -59,8 +60,8 @@ class autocast(TorchFunctionMode):
 
     def _cast(self, value, dtype):
         if isinstance(value, torch.Tensor):
-            known = value.dtype in (torch.float32, torch.float16, torch.bfloat16)
-            return value if not known or value.dtype == dtype else self._casted(value, dtype)
+            others = {torch.float32, torch.float16, torch.bfloat16} - {dtype}
+            return self._casted(value, dtype) if value.dtype in others else value
         if isinstance(value, dict):
             return {key: self._cast(part, dtype) for key, part in value.items()}
         if type(value) in (list, tuple):
@@ -207,9 +208,9 @@ def average_gradients(parameters, dtype=None, group=None):
     does not. With a LossScaler, call this before `unscale_`: scaled gradients are those that float16 can hold.
     One all-reduce for each dtype and device of the gradients. Every rank needs gradients for the same parameters.
     """
-    _, n = rank_and_size(group)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    for g, mean in zip(gradients, sum_over_ranks(gradients, group, scale=1 / n, dtype=dtype), strict=True):
+    means = sum_over_ranks(gradients, group, scale=1 / rank_and_size(group)[1], dtype=dtype)
+    for g, mean in zip(gradients, means, strict=True):
         g.copy_(mean)
 
 
@@ -233,9 +234,10 @@ class MasterWeights:
 
     @torch.no_grad()
     def __init__(self, module, dtype=torch.bfloat16):
-        low = list(module.parameters())
-        check_precision(dtype, low[0].device if low else "cpu")
-        self._pairs = [(p, torch.nn.Parameter(p.detach().float().clone())) for p in low if p.requires_grad]
+        check_precision(dtype, next((p.device for p in module.parameters()), "cpu"))
+        self._pairs = [(p, torch.nn.Parameter(p.data.float().clone())) for p in module.parameters() if p.requires_grad]
+        for p, master in self._pairs:
+            replaced(p, master)
         module.to(dtype)
 
     def parameters(self):
@@ -259,19 +261,17 @@ def check_precision(dtype, device="cpu"):
     """Raise ValueError where `dtype` is neither float16 nor bfloat16, or where the device cannot train with it."""
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"{dtype!r} is not a precision for this: torch.float16 or torch.bfloat16")
-    device = torch.device(device)
-    if device.type == "meta":
+    if (device := torch.device(device)).type == "meta":
         return
     other = "bfloat16, which needs no loss scale" if dtype == torch.float16 else "float16 with a LossScaler"
     try:
-        _try(dtype, device)
+        _train_a_layer(dtype, device)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0][:120]
         raise ValueError(f"{device} cannot compute in {dtype} ({why}): use {other}, or float32") from None
 
 
-def _try(dtype, device):
-    """A layer, forward and backward."""
+def _train_a_layer(dtype, device):
     with torch.inference_mode(False), torch.enable_grad():
         w = torch.ones(8, 8, dtype=dtype, device=device, requires_grad=True)
         (torch.ones(8, 8, dtype=dtype, device=device) @ w).sum().backward()

@@ -14,8 +14,10 @@ Sources: Rajbhandari et al., "ZeRO" (2020), sections 5 and 7; Zhao et al., "PyTo
 """
 
 import torch
+import torch.distributed as dist
 
 from ..collectives.agreement import take_from_first
+from ..collectives.parts import has_part
 from .async_collectives import AsyncCollectives
 from .checks import check_kept, check_module
 from .gradients import UsedParameters, call_when_accumulated, clip_sharded_grad_norm_
@@ -79,6 +81,8 @@ class ShardedDataParallel(Passes, StateDicts):
         for unit in self._units:
             self._hook(unit)
             unit.rest()
+        for local in module.parameters() if dist.get_world_size(group) > 1 else ():
+            has_part(local, self, "clip_grad_norm_ of this ShardedDataParallel")
         module.register_load_state_dict_post_hook(lambda *_: self.refresh())
 
     def _hook(self, unit):

@@ -9,6 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 from ..collectives.agreement import take_from_first
+from ..collectives.parts import has_part
+from ..group import rank_and_size
 from .async_collectives import AsyncCollectives, prepared_gather
 from .buckets import in_buckets
 from .checks import check_elementwise, check_frozen, check_parameters, check_trainable, check_unmoved
@@ -145,6 +147,8 @@ class ShardedOptimizer(OptimizerStateDicts, Optimizer):
         for bucket in buckets:
             for i, p in enumerate(bucket.parameters):
                 call_when_accumulated(p, self._has_gradient, bucket, i)
+                if self.reduces and rank_and_size(self.group)[1] > 1:
+                    has_part(p, self, "clip_grad_norm_ of this ShardedOptimizer")
         self.buckets += buckets
         self.used = UsedParameters(self.buckets, self.find_unused_parameters, self.group)
         shards = {p: local for b in buckets for p, local in zip(b.parameters, b.local_shards, strict=True)}

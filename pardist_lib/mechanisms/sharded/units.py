@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ..collectives.parts import replaced
 from .flat_parameter import FlatParameter
 
 # What a module's attribute is instead of a parameter that was sharded. UNSHARDED: the parameter, whole, while its unit
@@ -166,6 +167,7 @@ def make_units(module, chosen, group, collectives, frees, reshards):
         flat_parameters = [FlatParameter(ps, [names[p] for p in ps], group, not frees) for ps in kinds.values()]
         for flat in flat_parameters:
             for p, local in zip(flat.parameters, flat.local_shards, strict=True):
+                replaced(p, local)
                 resharded = Resharded(p.detach(), requires_grad=p.requires_grad)
                 shown += [(m, name, (p, local, resharded)) for m, name in places[p]]
         if part is module or flat_parameters:

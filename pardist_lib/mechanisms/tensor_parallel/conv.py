@@ -11,12 +11,12 @@ from ..collectives.autograd import gathered, scatter_to_group
 from ..group import rank_and_size, split_sizes
 from .checks import check_convolution, check_group, check_plain
 from .split_conv import conv2d_by_height, conv2d_by_input_channels, conv2d_by_output_channels
-from .splitting import first_ranks_copy, first_ranks_part, parameter
+from .splitting import SplitModule, first_ranks_copy, first_ranks_part, parameter
 
 CUT = {"out": 0, "in": 1, "height": None}  # the dimension of weight that is cut
 
 
-class ParallelConv2d(nn.Module):
+class ParallelConv2d(SplitModule):
     """torch's Conv2d on the ranks of a group; n ranks, S bytes of the whole input, R of the whole result.
 
     split      x                             returns                       sends forward     backward
@@ -69,22 +69,20 @@ class ParallelConv2d(nn.Module):
         check_group(group, type(self).__name__)
         _, n = rank_and_size(group)
         check_convolution(conv, split, CUT, n)
-        self.split, self.cut, self.group = split, CUT[split], group
+        self.split, self.split_dim, self.group = split, CUT[split], group
         self.gather_output, self.input_is_parallel = gather_output, input_is_parallel
         self.in_channels, self.out_channels, self.kernel_size = conv.in_channels, conv.out_channels, conv.kernel_size
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
-        self.sizes = None if self.cut is None else split_sizes(conv.weight.shape[self.cut], n)  # every rank's channels
-        for name, cut in (("weight", self.cut), ("bias", self._bias_cut)):
-            whole = part = getattr(conv, name)
+        dim = self.split_dim
+        self.sizes = None if dim is None else split_sizes(conv.weight.shape[dim], n)  # every rank's channels
+        for name in ("weight", "bias"):
+            cut, whole = self.cut_of(name), getattr(conv, name)
+            part = whole
             if whole is not None:
                 mine = first_ranks_copy(whole, group) if cut is None else first_ranks_part(whole, cut, group)
                 part = parameter(mine, whole)
             self.register_parameter(name, part)
         self.train(conv.training)
-
-    @property
-    def _bias_cut(self):
-        return 0 if self.split == "out" else None
 
     def forward(self, x, heights=None):
         how = self.weight, self.bias, self.stride, self.padding, self.dilation, self.group
@@ -107,8 +105,7 @@ class ParallelConv2d(nn.Module):
         sizes = self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation
         conv = nn.Conv2d(*sizes, bias=self.bias is not None, device="meta")
         for name, part in self.named_parameters():
-            cut = self.cut if name == "weight" else self._bias_cut
-            mine = part.detach()
+            cut, mine = self.cut_of(name), part.detach()
             whole = mine.clone() if cut is None else gathered(mine, cut, self.sizes, self.group)
             setattr(conv, name, parameter(whole, part))
         return conv.train(self.training)

@@ -21,7 +21,7 @@ from ..group import rank_and_size, split_sizes
 from .checks import briefly, check_group, check_input, check_mlp, check_plain
 from .on_part import OnPart
 from .overlapped import column_linear, row_linear
-from .splitting import first_ranks_copy, first_ranks_part, parameter
+from .splitting import SplitModule, first_ranks_copy, first_ranks_part, parameter
 
 # Between a column- and a row-parallel layer a rank sees only its own features: what is done there has to be done
 # element by element. No softmax, no LayerNorm, nothing with a parameter that all ranks share.
@@ -31,7 +31,7 @@ ELEMENTWISE = (
 )  # fmt: skip
 
 
-class ColumnParallelLinear(nn.Module):
+class ColumnParallelLinear(SplitModule):
     """A linear layer with a part of the output features on each rank.
 
     Weights start as rank 0's nn.Linear(in_features, out_features) would: every rank draws that whole layer and gets
@@ -107,7 +107,7 @@ class ColumnParallelLinear(nn.Module):
         return _described(self) + (", gather_output=True" if self.gather_output else "")
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(SplitModule):
     """A linear layer with a part of the input features on each rank; the bias, whole on every rank, is added once.
 
     Weights start as in `ColumnParallelLinear`.
@@ -259,8 +259,8 @@ def _to_linear(layer):
     features = (layer.out_features, layer.in_features)[layer.split_dim]
     sizes = split_sizes(features, layer.n)
     for name, mine in layer.named_parameters():
-        split = name == "weight" or layer.split_dim == 0
-        whole = gathered(mine.detach(), layer.split_dim, sizes, layer.group) if split else mine.detach().clone()
+        cut = layer.cut_of(name)
+        whole = mine.detach().clone() if cut is None else gathered(mine.detach(), cut, sizes, layer.group)
         setattr(linear, name, parameter(whole, mine))
     return linear.train(layer.training)
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..collectives.autograd import gathered, reduce_from_group, reduce_scatter_to_group
 from ..group import rank_and_size, split_sizes
 from .checks import check_group, check_plain, check_targets, check_words
-from .splitting import first_ranks_part, parameter
+from .splitting import SplitModule, first_ranks_part, parameter
 
 
 def vocabulary_range(vocabulary, group=None):
@@ -27,7 +27,7 @@ def vocabulary_range(vocabulary, group=None):
     return sum(sizes[:rank]), sum(sizes[: rank + 1])
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(SplitModule):
     """nn.Embedding with its rows split over the ranks of a group.
 
     weight: (rows of this rank, embedding_dim). Weights start as rank 0's nn.Embedding would: every rank draws that
