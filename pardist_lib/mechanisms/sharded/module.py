@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from ..collectives.agreement import take_from_first
-from ..collectives.parts import has_part
+from ..collectives.parts import has_part, load_parts, save_parts
 from .async_collectives import AsyncCollectives
 from .checks import check_kept, check_module
 from .gradients import UsedParameters, call_when_accumulated, clip_sharded_grad_norm_
 from .optimizer import ShardedOptimizer
 from .passes import Passes
-from .state import StateDicts
+from .state import StateDicts, place_of
 from .units import make_units, returned_tensors
 
 __all__ = ["ShardedDataParallel", "ShardedOptimizer"]
@@ -81,9 +81,17 @@ class ShardedDataParallel(Passes, StateDicts):
         for unit in self._units:
             self._hook(unit)
             unit.rest()
-        for local in module.parameters() if dist.get_world_size(group) > 1 else ():
-            has_part(local, self, "clip_grad_norm_ of this ShardedDataParallel")
+        if dist.get_world_size(group) > 1:
+            self._tell_parts()
         module.register_load_state_dict_post_hook(lambda *_: self.refresh())
+
+    def _tell_parts(self):
+        names = [f"{name} of this ShardedDataParallel" for name in ("clip_grad_norm_", "full_state_dict()")]
+        for local in self.module.parameters():
+            has_part(local, self, names[0], place_of(local), names[1])
+        for module in self.module.modules():
+            module.register_state_dict_post_hook(lambda m, state, prefix, _: save_parts(m, state, prefix))
+            module.register_load_state_dict_pre_hook(lambda m, state, prefix, *_: load_parts(m, state, prefix))
 
     def _hook(self, unit):
         unit.module.register_forward_pre_hook(lambda *_: self._before_forward(unit), prepend=True)

@@ -15,7 +15,7 @@ from .async_collectives import AsyncCollectives, prepared_gather
 from .buckets import in_buckets
 from .checks import check_elementwise, check_frozen, check_parameters, check_trainable, check_unmoved
 from .gradients import UsedParameters, call_when_accumulated, clip_sharded_grad_norm_
-from .state import OptimizerStateDicts
+from .state import OptimizerStateDicts, place_of
 
 
 class ShardedOptimizer(OptimizerStateDicts, Optimizer):
@@ -147,13 +147,20 @@ class ShardedOptimizer(OptimizerStateDicts, Optimizer):
         for bucket in buckets:
             for i, p in enumerate(bucket.parameters):
                 call_when_accumulated(p, self._has_gradient, bucket, i)
-                if self.reduces and rank_and_size(self.group)[1] > 1:
-                    has_part(p, self, "clip_grad_norm_ of this ShardedOptimizer")
+            self._tell_parts(bucket)
         self.buckets += buckets
         self.used = UsedParameters(self.buckets, self.find_unused_parameters, self.group)
         shards = {p: local for b in buckets for p, local in zip(b.parameters, b.local_shards, strict=True)}
         self.sharded |= set(shards)
         return shards
+
+    def _tell_parts(self, bucket):
+        clip, save = (f"{name} of this ShardedOptimizer" for name in ("clip_grad_norm_", "full_state_dict()"))
+        if rank_and_size(self.group)[1] > 1:
+            for p, local in zip(bucket.parameters, bucket.local_shards, strict=True):
+                has_part(local, self, clip, place_of(local), save)
+                if self.reduces:
+                    has_part(p, self, clip)  # each rank has its own gradient
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)

@@ -90,7 +90,13 @@ class OptimizerStateDicts:
 def gather_local_shard(tensor, local, group=None):
     """The whole of what `tensor` is this rank's part of: a parameter's values, or a momentum of them. local: the
     parameter's local shard."""
-    return direct_all_gather(tensor.detach(), local.sizes, group=group).view(local.full_shape)
+    mine = tensor.detach().as_subclass(torch.Tensor)
+    return direct_all_gather(mine, local.sizes, group=group).view(local.full_shape)
+
+
+def place_of(local):
+    """Which part of its parameter a local shard is."""
+    return tuple(local.full_shape), local.start, local.numel()
 
 
 def cut_local_shard(whole, local):

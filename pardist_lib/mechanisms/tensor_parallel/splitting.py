@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..collectives.agreement import take_from_first
-from ..collectives.parts import has_part, replaced
+from ..collectives.parts import has_part, load_parts, replaced, save_parts
 from ..collectives.point_to_point import exchange, wait
 from ..group import rank_and_size, split_sizes
 
@@ -68,8 +68,18 @@ class SplitModule(nn.Module):
 
     def _tell(self, name):
         p = self._parameters[name]
-        if p is not None and self.cut_of(name) is not None and rank_and_size(self.group)[1] > 1:
-            has_part(p, self, "tensor_parallel.clip_grad_norm_(model, max_norm)")
+        rank, n = rank_and_size(self.group)
+        if p is not None and self.cut_of(name) is not None and n > 1:
+            clip, save = (f"tensor_parallel.{name}" for name in ("clip_grad_norm_(model, …)", "full_state_dict(model)"))
+            has_part(p, self, clip, (self.cut_of(name), rank, n), save)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        save_parts(self, destination, prefix)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        load_parts(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @torch.no_grad()
