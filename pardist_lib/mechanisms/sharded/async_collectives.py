@@ -41,8 +41,9 @@ class AsyncCollectives:
         self.let_go()
 
     def all_gather(self, flat, shard, sizes):
-        """`flat`, filled with all ranks' shards. Sends this rank's n − 1 times, (n − 1)/n·S where n divides."""
-        places = flat.split(sizes)
+        """`flat`, filled with all ranks' shards, cast to its dtype before they travel. Sends this rank's n − 1 times,
+        (n − 1)/n·S where n divides."""
+        places, shard = flat.split(sizes), shard.to(flat.dtype)
         if _by_one_call(flat, sizes, self.group):
             works = [_all_gather(flat, places, sizes, self.group, shard)]
         else:

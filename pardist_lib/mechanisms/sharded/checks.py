@@ -42,6 +42,14 @@ def check_module(wrapper, module, stage, group=None):
     check_trainable(named.values())
 
 
+def check_dtypes(**dtypes):
+    """The same. Raise ValueError where one is neither None nor floating point."""
+    for name, dtype in dtypes.items():
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"{name} is floating point, torch.bfloat16 say, or None, not {dtype!r}")
+    return dtypes
+
+
 def check_local_shards(flat):
     """Raise where something was done to a local shard that would be lost without a word."""
     begin, size = flat.shard.data_ptr(), flat.shard.element_size()

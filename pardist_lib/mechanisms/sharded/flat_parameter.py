@@ -22,28 +22,33 @@ class FlatParameter:
     """Parameters of one dtype, device and requires_grad in one flat tensor, with the group's first rank's values.
 
     parameters     the given Parameter objects: the module computes with them still; they are views of `unsharded`
-    unsharded      the flat tensor
-    shard          this rank's cut of it: a view where `keep_unsharded`, else a copy, so that `free` can give the
-                   memory of `unsharded` back
+    unsharded      the flat tensor, in `compute_dtype` if given (of floating-point parameters)
+    shard          this rank's cut of it, in the parameters' own dtype: a view where `keep_unsharded`, else a copy, so
+                   that `free` can give the memory of `unsharded` back; a copy also where the dtypes differ
     local_shards   this rank's part of each parameter, views of `shard`: what an optimizer is given
     sizes          every rank's elements
-    gradient       the flat gradient that a backward fills, None before; arrived: the parameters that it has filled
+    gradient       the flat gradient that a backward fills, None before; arrived: the parameters that it has filled.
+                   It is reduced in `reduce_dtype` if given, else as it is
     """
 
-    def __init__(self, parameters, names, group=None, keep_unsharded=True):
+    def __init__(self, parameters, names, group=None, keep_unsharded=True, compute_dtype=None, reduce_dtype=None):
         rank, n = rank_and_size(group)
         self.parameters, self.names = list(parameters), list(names)
         self.trainable = self.parameters[0].requires_grad
-        self.unsharded = torch.cat([p.detach().flatten() for p in self.parameters])
+        exact = torch.cat([p.detach().flatten() for p in self.parameters])
         if n > 1:
-            take_from_first([self.unsharded], group)
+            take_from_first([exact], group)
+        self.unsharded = exact.to(compute_dtype if exact.is_floating_point() else None)
+        self.is_cast = self.unsharded.dtype != exact.dtype
+        self.reduce_dtype = reduce_dtype if exact.is_floating_point() else None
         self.lengths = [p.numel() for p in self.parameters]
         for p, part in zip(self.parameters, self.unsharded.split(self.lengths), strict=True):
             p.data = part.view(p.shape)
         self.nbytes, self.sizes = self.unsharded.nbytes, split_sizes(len(self.unsharded), n)
         first = [sum(self.sizes[:r]) for r in range(n + 1)]
-        mine = self.unsharded[first[rank] : first[rank + 1]]
-        self.shard, self.local_shards, self.spans = mine if keep_unsharded else mine.clone(), [], []
+        mine = exact[first[rank] : first[rank + 1]]
+        self.shard = mine if keep_unsharded and not self.is_cast else mine.clone()
+        self.local_shards, self.spans = [], []
         self.starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
         for p, start, length in zip(self.parameters, self.starts, self.lengths, strict=True):
             cuts = [min(max(f, start), start + length) for f in first]  # where shards begin and end within p
@@ -102,7 +107,7 @@ class FlatParameter:
             if i not in self.arrived:
                 part.zero_()
         self.forget_gradient()
-        return collectives.reduce_scatter(flat, self.sizes)
+        return collectives.reduce_scatter(flat.to(self.reduce_dtype), self.sizes)
 
     def forget_gradient(self):
         self.gradient, self.arrived = None, set()
@@ -110,7 +115,7 @@ class FlatParameter:
     def give_gradients(self, reduced, used):
         """Wait for the reduce-scatter `reduced`, and add to each local shard's gradient its part of the mean, but only
         where `used`. Then call the hooks of `register_post_accumulate_grad_hook`, as autograd would."""
-        shard = reduced.result()
+        shard = reduced.result().to(self.shard.dtype)
         for local, span, any_rank in zip(self.local_shards, self.spans, used, strict=True):
             if any_rank and local.grad is None:
                 local.grad = shard[span]

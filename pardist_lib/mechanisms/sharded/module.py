@@ -19,12 +19,12 @@ import torch.distributed as dist
 from ..collectives.agreement import take_from_first
 from ..collectives.parts import has_part, load_parts, save_parts
 from .async_collectives import AsyncCollectives
-from .checks import check_kept, check_module
+from .checks import check_dtypes, check_kept, check_module
 from .gradients import UsedParameters, call_when_accumulated, clip_sharded_grad_norm_
 from .optimizer import ShardedOptimizer
 from .passes import Passes
 from .state import StateDicts, place_of
-from .units import make_units, returned_tensors
+from .units import cast_tensors, make_units, returned_tensors
 
 __all__ = ["ShardedDataParallel", "ShardedOptimizer"]
 
@@ -46,6 +46,10 @@ class ShardedDataParallel(Passes, StateDicts):
     overlap                 True: compute on while messages are under way; False: wait for each
     find_unused_parameters  True where ranks may have gradients for different parameters (see `UsedParameters`); they
                             are then reduced at the end of backward. At stage 3 all ranks run the same units anyhow.
+    compute_dtype           torch.bfloat16, say: what units compute with, and are gathered in, half of float32's bytes.
+                            Shards, their gradients and so the optimizer stay as the parameters are. Floating-point
+                            inputs of each unit are cast to it; buffers are not, nor what the model returns.
+    reduce_dtype            what gradients travel and are added up in: by default what they are computed in
 
     Any elementwise optimizer works as on a plain model, parameter groups and schedulers too; one that is not (see
     NOT_ELEMENTWISE in checks.py) would compute something else. All parameters and buffers start as the group's
@@ -60,19 +64,22 @@ class ShardedDataParallel(Passes, StateDicts):
     backward with create_graph.
 
     Sends in a step, where n divides: stage 2 (n − 1)/n·S in backward and as much at the beginning of the forward that
-    follows; stage 3 (n − 1)/n·S in forward, twice that in backward. In the first step 4 bytes a parameter besides.
+    follows; stage 3 (n − 1)/n·S in forward, twice that in backward; S in the dtype that travels. In the first step 4
+    bytes a parameter besides.
 
     Raises ValueError for another stage, for a module that is wrapped already or has nothing to train, for parameters
     that differ between ranks other than in their values, for units that are not parts of the module.
     """
 
     def __init__(self, module, stage=3, group=None, *, units=None, reshard_after_forward=True, prefetch=True,
-                 overlap=True, find_unused_parameters=False):  # fmt: skip
+                 overlap=True, find_unused_parameters=False, compute_dtype=None, reduce_dtype=None):  # fmt: skip
         super().__init__()
         check_module(ShardedDataParallel, module, stage, group)
+        dtypes = check_dtypes(compute_dtype=compute_dtype, reduce_dtype=reduce_dtype)
         self.module, self.stage, self.group = module, stage, group
         self._collectives = AsyncCollectives(group, apart=overlap, at_once=not overlap)
-        self._units = make_units(module, units, group, self._collectives, stage == 3, reshard_after_forward)
+        self._units = make_units(module, units, group, self._collectives, stage == 3, reshard_after_forward, **dtypes)
+        self.compute_dtype = compute_dtype
         self._prefetches, self._order = stage == 3 and prefetch, list(self._units)
         self._trained = [flat for unit in self._units for flat in unit.trained]
         self._used = UsedParameters(self._trained, find_unused_parameters, group)
@@ -94,6 +101,9 @@ class ShardedDataParallel(Passes, StateDicts):
             module.register_load_state_dict_pre_hook(lambda m, state, prefix, *_: load_parts(m, state, prefix))
 
     def _hook(self, unit):
+        if self.compute_dtype is not None:
+            cast = lambda _, args, kwargs: cast_tensors((args, kwargs), self.compute_dtype)  # noqa: E731
+            unit.module.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
         unit.module.register_forward_pre_hook(lambda *_: self._before_forward(unit), prepend=True)
         after = lambda _, __, output: self._after_forward(unit, output)  # noqa: E731
         unit.module.register_forward_hook(after, always_call=True)  # also where it fails

@@ -24,16 +24,19 @@ class StateDicts:
     @torch.no_grad()
     def full_state_dict(self):
         """The plain module's state dict, whole, on every rank, one unit after the other; buffers are this rank's. Every
-        rank has to call it. Sends (n − 1)/n·S, at stage 2 only where the parameters have changed."""
+        rank has to call it. Sends (n − 1)/n·S, at stage 2 only where the parameters have changed since they were
+        gathered, or are gathered in another dtype."""
         self._reset()
         whole = {}
         for unit in self._units:
-            if self.stage == 3 or self._stale:
+            cast = any(flat.is_cast for flat in unit.flat_parameters)
+            if not cast and (self.stage == 3 or self._stale):
                 unit.gather()
                 unit.wait()
             for flat in unit.flat_parameters:
-                for local, p in zip(flat.local_shards, flat.parameters, strict=True):
-                    whole[id(local)] = p.detach().clone()
+                exact = direct_all_gather(flat.shard, flat.sizes, group=self.group) if cast else flat.unsharded
+                for local, part in zip(flat.local_shards, exact.split(flat.lengths), strict=True):
+                    whole[id(local)] = part.view(local.full_shape).clone()
             unit.reshard()
         state = self.module.state_dict(keep_vars=True)
         return {k: whole[id(v)] if id(v) in whole else copied(v) for k, v in state.items()}

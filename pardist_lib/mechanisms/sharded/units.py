@@ -5,7 +5,7 @@ Source: Zhao et al., "PyTorch FSDP: Experiences on Scaling Fully Sharded Data Pa
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..collectives.parts import replaced
 from .flat_parameter import FlatParameter
@@ -126,6 +126,11 @@ class Resharded(nn.Parameter):
         )
 
 
+def cast_tensors(inputs, dtype):
+    """A module's inputs with those that are floating point in `dtype`."""
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, inputs)
+
+
 def returned_tensors(output):
     """[the tensors that a module has returned]: in containers, and in the attributes of what else it returns."""
     return list(_tensors(output, set()))
@@ -145,9 +150,9 @@ def _tensors(output, seen):
 # ---- which parts are units ----------------------------------------------------------------------------------------
 
 
-def make_units(module, chosen, group, collectives, frees, reshards):
+def make_units(module, chosen, group, collectives, frees, reshards, **dtypes):
     """The units, the whole module's own one first, which is kept from forward to backward. chosen: as `units` of
-    ShardedDataParallel; the others: as of Unit."""
+    ShardedDataParallel; dtypes: as of FlatParameter; the others: as of Unit."""
     parts = list(dict.fromkeys([module, *_chosen(module, chosen)]))
     inside = {}  # module: the innermost unit that it is in
     for part in sorted(parts, key=lambda m: -sum(1 for _ in m.modules())):
@@ -164,7 +169,9 @@ def make_units(module, chosen, group, collectives, frees, reshards):
         for p in names:
             if homes[p] == {part} or part is module and len(homes[p]) > 1:
                 kinds.setdefault((p.dtype, p.device, p.requires_grad), []).append(p)
-        flat_parameters = [FlatParameter(ps, [names[p] for p in ps], group, not frees) for ps in kinds.values()]
+        flat_parameters = [
+            FlatParameter(ps, [names[p] for p in ps], group, not frees, **dtypes) for ps in kinds.values()
+        ]
         for flat in flat_parameters:
             for p, local in zip(flat.parameters, flat.local_shards, strict=True):
                 replaced(p, local)
