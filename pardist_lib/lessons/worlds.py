@@ -1,9 +1,11 @@
-"""Smaller worlds on the same ranks: a function run on two or three of four warm ranks sees no others."""
+"""Worlds of another size than the reader's ranks: some of them that see no others, or four where there are others."""
 
 from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from pardist_lib.ranks import Ranks
 
 _groups = {}
 
@@ -41,3 +43,17 @@ def in_world(n, fn, *args):
     """`fn(*args)` in a world of n ranks; None on the ranks outside."""
     with world(n) as inside:
         return fn(*args) if inside else None
+
+
+@contextmanager
+def four_of(ranks, why):
+    """The reader's ranks where they are four; else four others for the length of a `with`, and one line that says so.
+
+    For the few cells that only four ranks can run. why: what in the cell is made for four, as the line shall say it.
+    """
+    if ranks.n == 4:
+        yield ranks
+        return
+    print(f"made for four ranks, as {why}: four others run this cell, and not your {ranks.n}")
+    with Ranks(4) as four:
+        yield four

@@ -1,10 +1,10 @@
-"""Smaller worlds on the same ranks."""
+"""Smaller worlds on the same ranks, and four ranks where the reader has others."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from pardist_lib.lessons.worlds import in_world
+from pardist_lib.lessons.worlds import four_of, in_world
 from pardist_lib.ranks import RankError
 
 pytestmark = pytest.mark.usefixtures("ranks")
@@ -31,3 +31,12 @@ def test_a_failure_in_a_smaller_world_leaves_the_whole_one(ranks):
     with pytest.raises(RankError):
         ranks.run(in_world, 2, fails)
     assert ranks.run(who_am_i)[3] == (3, 4, 4.0, [0, 1, 2, 3])
+
+
+def test_four_ranks_for_a_cell_that_needs_them(ranks, ranks_of, capsys):
+    with four_of(ranks, "it is a square") as four:
+        assert four is ranks and not capsys.readouterr().out
+    with four_of(ranks_of(2), "it is a square") as four:
+        assert four.run(dist.get_world_size) == [4] * 4
+    assert four.state == "closed" and ranks_of(2).run(dist.get_world_size) == [2, 2]
+    assert "made for four ranks, as it is a square: four others run this cell" in capsys.readouterr().out
