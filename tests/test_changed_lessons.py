@@ -17,7 +17,20 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MADE_FOR = "made for four ranks"
 # Sizes that a reader may change: (lesson, what its cells say, what they say instead).
-CHANGES = []
+CHANGES = [
+    ("00", "256", "250"),
+    ("00", "lr=0.2", "lr=0.1"),
+    ("01", "size=1_000_003", "size=5"),
+    ("01", "size = 4_000_000", "size = 400_004"),
+    ("02", "m=50, k=37, w=23", "m=7, k=5, w=3"),
+    ("02", "torch.arange(1, 9)", "torch.arange(1, 11)"),
+    ("03", "torch.randn(2, 32, 10", "torch.randn(2, 30, 10"),
+    ("03", "steps=40", "steps=25"),
+    ("04", "windows.split(8)", "windows.split(6)"),
+    ("04", "side = 16 * ranks.n", "side = 8 * ranks.n"),
+    ("05", "DigitsMLP(32", "DigitsMLP(30"),
+    ("05", "lr=0.3", "lr=0.2"),
+]
 NUMBERS = re.compile(r"\d[\d.,e-]*|\b(one|two|three|four|five|six|seven|eight)\b")
 MOVE = '''
 def _move_all():
@@ -128,13 +141,18 @@ def text_of(cell):
 
 
 def verdicts(cell):
-    """{what is claimed, without its numbers: {True, False}} of a cell's text: lines with “…: True”, “✓ …” or “✗ …”."""
+    """{what is claimed, without its numbers: {True, False}} of a cell's text: lines with “… True”, “✓ …” or “✗ …”, and
+    the rows of tables with “yes” or “no”."""
     found = {}
     for line in text_of(cell).splitlines():
         words = NUMBERS.sub("#", line)
-        if claims := re.findall(r"([^:,;]*?)[:=] *(True|False)\b", words):
+        row = re.split(r" {2,}", words.strip())
+        if claims := re.findall(r"([^:,;=]*?)[\s:=[(]*\b(True|False)\b", words):
             for claim, verdict in claims:
                 found.setdefault(claim.strip(), set()).add(verdict == "True")
         elif match := re.match(r"\W*([✓✗]) (.*)", words):
             found.setdefault(match[2].strip(), set()).add(match[1] == "✓")
+        for i, verdict in enumerate(row[1:], 1):
+            if verdict in ("yes", "no"):
+                found.setdefault(f"{row[0]}, column {i}", set()).add(verdict == "yes")
     return found
