@@ -5,15 +5,15 @@ from torch.nn import functional as F
 
 
 class ArticleNet(nn.Module):
-    """The article's network: 10 → 20 → 10 with ReLU, 430 parameters. x: (b, 10) -> (b, 10)"""
+    """The article's network: 10 → hidden → 10 with ReLU; 430 parameters at its 20. x: (b, 10) -> (b, 10)"""
 
-    def __init__(self, dtype=None):
+    def __init__(self, dtype=None, hidden=20):
         super().__init__()
-        self.fc1 = nn.Linear(10, 20, dtype=dtype)
-        self.fc2 = nn.Linear(20, 10, dtype=dtype)
+        self.fc1 = nn.Linear(10, hidden, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, 10, dtype=dtype)
 
     def forward(self, x):
-        return self.fc2(F.relu(self.fc1(x)))  # (b, 10) -> (b, 20) -> (b, 10)
+        return self.fc2(F.relu(self.fc1(x)))  # (b, 10) -> (b, hidden) -> (b, 10)
 
 
 class DigitsMLP(nn.Module):
