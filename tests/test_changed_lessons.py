@@ -137,7 +137,8 @@ def executed(path, tmp_path, monkeypatch, changes, *more):
 
 
 def text_of(cell):
-    return "".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in cell.outputs)
+    """What a cell printed and, on lines of its own, what it showed."""
+    return "".join(o.get("text") or f"\n{o.get('data', {}).get('text/plain', '')}\n" for o in cell.outputs)
 
 
 def verdicts(cell):
