@@ -7,8 +7,8 @@ from ..exercises.watch import told, watched
 hints = (
     "All n shards together must have room for numel elements: how long is the shortest shard that does it? "
     "-(-a // b) is a / b rounded up.",
-    "Without regard to the end of the line the rank's shard is rank * length to (rank + 1) * length. Both can lie "
-    "beyond numel: min(…, numel) cuts them off.",
+    "Without regard to where the flat parameter ends the rank's shard is rank * length to (rank + 1) * length. Both "
+    "can lie beyond numel: min(…, numel) cuts them off.",
     "What is missing to the full length is padding: length - (stop - start).",
 )
 
@@ -47,23 +47,23 @@ def _why(numel, n, rank, got, expected):
     if numel % n and stop - start == down and stop == (rank + 1) * down:
         return f"shards of {down} elements hold {n * down} of {numel}: the length has to be rounded up"
     if stop > numel:
-        return f"stop is {stop}, but the line has {numel} elements: what lies beyond is padding"
+        return f"stop is {stop}, but the flat parameter has {numel} elements: what lies beyond is padding"
     if start > stop:
         return f"start {start} is beyond stop {stop}: a shard of padding alone begins and ends at {numel}"
     if start == stop and right_start == numel:
-        return f"a shard of padding alone begins and ends at the line's end, at {numel}"
+        return f"a shard of padding alone begins and ends where the flat parameter does, at {numel}"
     if start == right_start and stop == right_stop - right_start != right_stop:
-        return f"stop is where the shard ends on the line, at {right_stop}: {stop} is its length"
+        return f"stop is where the shard ends in the flat parameter, at {right_stop}: {stop} is its length"
     if (start, stop) == (right_start, right_stop):
         if padding == n * length - numel:
-            return f"padding {padding} is what the whole line needs: each shard has only its own part of it"
+            return f"padding {padding} is what the whole flat parameter needs: each shard has only its own part of it"
         if padding == stop - start:
             return f"the third number is the shard's length, {padding}: its padding, {right_padding}, is asked for"
         return f"start and stop are right, padding is not: shards are {length} long with it"
     if [start, stop] == evenly:
-        return "this cuts the line evenly: with padding, every shard but the last ones is full"
+        return "this cuts the flat parameter evenly: with padding, every shard but the last ones is full"
     if start == right_start and stop == right_stop - 1:
-        return "stop is one too small: line[start:stop] does not include it"
+        return "stop is one too small: flat[start:stop] does not include it"
     return f"with padding every shard is {length} long, and rank {rank}'s begins at {rank} · {length}"
 
 

@@ -5,10 +5,10 @@ import torch.distributed as dist
 
 
 def padded_shard(numel: int, rank: int, n: int) -> tuple[int, int, int]:
-    """Which part of a flat line of `numel` elements is rank's, where zeros at the end make all n shards equally long.
+    """Which part of a flat parameter of `numel` elements is rank's, where zeros at its end make all n shards equal.
 
-    Returns (start, stop, padding): the rank holds line[start:stop] and `padding` zeros after it. All shards have the
-    same length, as short as can be; the zeros are all at the end of the line, so the last shards may be part or only
+    Returns (start, stop, padding): the rank holds flat[start:stop] and `padding` zeros after it. All shards have the
+    same length, as short as can be; the zeros are all at the end, so the last shards may be partly or only
     padding. start and stop are between 0 and numel, start <= stop; a shard of zeros alone is (numel, numel, padding).
     """
     length = -(-numel // n)  # rounded up

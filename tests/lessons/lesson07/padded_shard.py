@@ -13,13 +13,13 @@ def rounds_down(numel, rank, n):
     return rank * length, (rank + 1) * length, 0
 
 
-@mistake("padded_shard", "stop is 12, but the line has 10 elements: what lies beyond is padding")
+@mistake("padded_shard", "stop is 12, but the flat parameter has 10 elements: what lies beyond is padding")
 def runs_over(numel, rank, n):
     length = -(-numel // n)
     return rank * length, (rank + 1) * length, max(0, (rank + 1) * length - numel)
 
 
-@mistake("padded_shard", "padding 2 is what the whole line needs: each shard has only its own part of it")
+@mistake("padded_shard", "padding 2 is what the whole flat parameter needs: each shard has only its own part of it")
 def all_the_padding(numel, rank, n):
     length = -(-numel // n)
     return min(rank * length, numel), min((rank + 1) * length, numel), n * length - numel
@@ -32,13 +32,13 @@ def start_is_not_cut_off(numel, rank, n):
     return rank * length, stop, length - max(0, stop - rank * length)
 
 
-@mistake("padded_shard", "this cuts the line evenly: with padding, every shard but the last ones is full")
+@mistake("padded_shard", "this cuts the flat parameter evenly: with padding, every shard but the last ones is full")
 def without_padding(numel, rank, n):
     sizes = [numel // n + (r < numel % n) for r in range(n)]
     return sum(sizes[:rank]), sum(sizes[: rank + 1]), -(-numel // n) - sizes[rank]
 
 
-@mistake("padded_shard", "stop is one too small: line[start:stop] does not include it")
+@mistake("padded_shard", "stop is one too small: flat[start:stop] does not include it")
 def last_index(numel, rank, n):
     length = -(-numel // n)
     return min(rank * length, numel), min((rank + 1) * length, numel) - 1, 0
@@ -79,13 +79,13 @@ def for_four_ranks(numel, rank, n):
     return full_shards(numel, rank, -(-numel // 4))
 
 
-@mistake("padded_shard", "a shard of padding alone begins and ends at the line's end, at 5")
+@mistake("padded_shard", "a shard of padding alone begins and ends where the flat parameter does, at 5")
 def padding_at_the_beginning(numel, rank, n):
     start, stop, padding = full_shards(numel, rank, -(-numel // n))
     return (start, stop, padding) if start < stop else (0, 0, padding)
 
 
-@mistake("padded_shard", "stop is where the shard ends on the line, at 4: 2 is its length")
+@mistake("padded_shard", "stop is where the shard ends in the flat parameter, at 4: 2 is its length")
 def start_and_length(numel, rank, n):
     start, stop, padding = full_shards(numel, rank, -(-numel // n))
     return start, stop - start, padding
