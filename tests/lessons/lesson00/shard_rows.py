@@ -95,7 +95,7 @@ def by_numpy(n, rank, world_size):
     return range(int(rows[0]), int(rows[-1]) + 1) if len(rows) else range(0)
 
 
-@mistake("shard_rows", "there are fewer parts than ranks: torch.chunk gives fewer where they do not come out even")
+@mistake("shard_rows", "there are fewer parts than ranks: torch.chunk can give fewer")
 def chunks(n, rank, world_size):
     rows = torch.arange(n).chunk(world_size)[rank]
     return range(int(rows[0]), int(rows[-1]) + 1)
