@@ -43,7 +43,7 @@ def main(folder, mode, *command):
         gc.freeze()  # objects of the imports are never collected, so their pages stay shared
         program = os.fork()
         if not program:
-            as_its_own_process()
+            as_its_own_process(folder)
             return lambda: importlib.import_module("torch.distributed.run").main(list(command))
     else:
         program = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *command]).pid
@@ -71,7 +71,7 @@ def main(folder, mode, *command):
                     os.unlink(note)  # torchrun starts it again
                 notes[worker], workers[worker] = note, os.fork()
                 if not workers[worker]:
-                    as_its_own_process()
+                    as_its_own_process(folder)
                     door.listener._listener._socket.close()  # the guard's ends must end with the guard
                     for end in (*ends, *(w.fileno() for w in workers)):
                         os.close(end)
@@ -112,13 +112,12 @@ def _ended():
 def _end_all():
     import psutil
 
-    me = psutil.Process()
-    while family := me.children(recursive=True):  # a worker may be starting another process right now
+    from pardist_lib.ranks.host import family_of
+
+    while family := family_of(os.getpid()):  # a worker may be starting another process right now
         for process in family:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
         psutil.wait_procs(family, 1)
 
 

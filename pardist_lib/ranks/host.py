@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from multiprocessing import connection
+from multiprocessing import connection, process, util
 
 PRELOADED = (  # what lessons need: imported once, shared by all ranks
     "numpy",
@@ -36,17 +36,17 @@ def main(folder, mode):
         setup = json.load(file)
     sys.path[:] = setup["path"]
     torchrun = start_torchrun(folder, setup, generation=0)
-    from pardist_lib.ranks.ledger import Ledger
-    from pardist_lib.ranks.transport import call_in
-
-    ledger = Ledger(os.path.join(folder, "ledger"), setup["ranks"])
-    notebook = call_in(folder, role="host", pid=os.getpid(), torchrun=torchrun.pid)
     children, envs = {}, None  # pid: (rank, generation)
-    alarm, ring = os.pipe()
-    os.set_blocking(ring, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
     try:
+        from pardist_lib.ranks.ledger import Ledger
+        from pardist_lib.ranks.transport import call_in
+
+        ledger = Ledger(os.path.join(folder, "ledger"), setup["ranks"])
+        notebook = call_in(folder, role="host", pid=os.getpid(), torchrun=torchrun.pid)
+        alarm, ring = os.pipe()
+        os.set_blocking(ring, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(ring, warn_on_full_buffer=False)
         if mode == "--fork":
             for module in PRELOADED:
                 importlib.import_module(module)
@@ -83,11 +83,12 @@ def main(folder, mode):
                     ledger.clear()
                     torchrun = start_torchrun(folder, setup, order[1])
     except (EOFError, OSError):
-        pass
-    kill(children)
-    shutil.rmtree(folder, ignore_errors=True)  # before torchrun: nobody can come back in
-    stop(torchrun)
-    shutil.rmtree(folder, ignore_errors=True)  # its store may have written one more file
+        pass  # the notebook has gone, perhaps before this process could call in
+    finally:
+        kill(children)
+        shutil.rmtree(folder, ignore_errors=True)  # before torchrun: nobody can come back in
+        stop(torchrun)
+        shutil.rmtree(folder, ignore_errors=True)  # its store may have written one more file
 
 
 def start_torchrun(folder, setup, generation):
@@ -104,7 +105,7 @@ def fork_rank(folder, env, generation, close):
             os.setpgid(pid, pid)
         return pid
     try:
-        as_its_own_process()
+        as_its_own_process(folder)
         for end in close:  # the rank has its own connections: the host's must end with the host
             os.close(end) if isinstance(end, int) else end.close()
         from pardist_lib.ranks.rank import serve
@@ -118,14 +119,31 @@ def fork_rank(folder, env, generation, close):
         os._exit(1)
 
 
-def as_its_own_process():
+def as_its_own_process(folder):
     """Undo, in a forked process, what only its parent needs; numpy's generator would draw alike in all of them. A
-    process group of its own: what the reader's code starts there ends with it."""
+    process group of its own: what the reader's code starts there ends with it; where multiprocessing keeps its sockets,
+    a folder that the notebook removes."""
     os.setpgid(0, 0)
+    process.current_process()._config["tempdir"] = folder
+    util.spawnv_passfds = _tracker_apart
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.modules["numpy"].random.seed()
+
+
+def _tracker_apart(path, args, passfds):
+    """multiprocessing.util.spawnv_passfds, with a process group of its own for the resource tracker: see family_of.
+    That it finds something to clean up is no news where ranks are killed as a rule."""
+    if _TRACKER not in args[-1]:
+        return _spawnv_passfds(path, args, passfds)
+    command = [args[0], "-W", "ignore", *args[1:]]
+    _trackers.append(subprocess.Popen(command, executable=path, pass_fds=passfds, process_group=0))
+    return _trackers[-1].pid
+
+
+_TRACKER = "multiprocessing.resource_tracker import main"
+_spawnv_passfds, _trackers = util.spawnv_passfds, []  # a Popen that nobody holds would complain
 
 
 def kill(children):
@@ -143,26 +161,40 @@ def end_group(pid):
 
 
 def stop(torchrun, patience=0.3):
-    """End torchrun, or a program's guard, and all below it: they leave by themselves when the notebook's connection
-    closes, and are killed where they have not after `patience` seconds."""
+    """End torchrun, a program's guard or a host, and all below it: they leave by themselves when the notebook's
+    connection closes, and are killed where they have not after `patience` seconds."""
     if torchrun is None:
         return
     import psutil
 
-    try:
-        family = psutil.Process(torchrun.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    deadline = time.monotonic() + patience
+    family, deadline = family_of(torchrun.pid), time.monotonic() + patience
     while torchrun.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    for process in family:
-        try:
-            process.kill()  # psutil checks that the number still belongs to the same process
-        except psutil.NoSuchProcess:
-            pass
-    torchrun.kill()
+    if torchrun.poll() is None:
+        family += family_of(torchrun.pid)  # and what it has started meanwhile
+    torchrun.kill()  # first: then it starts nothing more
+    for one in family:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()  # psutil checks that the number still belongs to the same process
     torchrun.wait()
+
+
+def family_of(pid):
+    """All processes below one, but for multiprocessing's resource trackers: each ends by itself after those that it
+    serves, and takes their semaphores and shared memory along, which nobody else does."""
+    import psutil
+
+    try:
+        return [p for p in psutil.Process(pid).children(recursive=True) if not _is_tracker(p)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _is_tracker(one):
+    try:
+        return any(_TRACKER in part for part in one.cmdline())
+    except Exception:  # it has ended, or is not ours to look at
+        return False
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from . import report
+from .host import stop
 from .ledger import Ledger, is_readers
 from .output import Printed
 from .rank import END
@@ -133,9 +134,8 @@ class Link:
         self.selector.close()
         try:
             self.host.wait(10)  # it ends the ranks and torchrun, then itself
-        except subprocess.TimeoutExpired:
-            self.host.kill()
-            self.host.wait()
+        except subprocess.TimeoutExpired:  # on a busy machine it may still be importing torch
+            stop(self.host, patience=0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def pump(self, seconds):

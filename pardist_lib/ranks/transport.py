@@ -163,7 +163,7 @@ def private_folder(prefix):
     """A new folder that nobody else gets into (mode 0700), in the temporary folder; where that one's path is too long
     for a Unix socket in it, as on macOS, clusters and hubs, in /tmp."""
     folder = tempfile.mkdtemp(prefix=prefix)
-    if len(os.fsencode(f"{folder}/door")) < LONGEST_SOCKET:
+    if len(os.fsencode(f"{folder}/listener-12345678")) < LONGEST_SOCKET:  # as multiprocessing calls those in a rank
         return folder
     os.rmdir(folder)
     return tempfile.mkdtemp(prefix=prefix, dir="/tmp")
