@@ -156,6 +156,8 @@ class Link:
         self.asked += 1
         asked = [r for r in self.ranks if r.outcome[0] != "died" and _try(r.watch.send, self.asked)]
         deadline, counted = time.monotonic() + seconds, {}
+        for r in self.ranks:
+            r.spot = r.under_way = None  # what it told another time is no answer
         while len(counted) < len(asked) and time.monotonic() < deadline:
             for r in asked:
                 if r.number in counted or not _try(r.watch.poll, 0.01):
