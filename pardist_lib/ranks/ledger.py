@@ -236,10 +236,20 @@ def install(ledger, rank, started):
     cls = dist.ProcessGroup
     for method, (name, at) in _SAME.items():
         if hasattr(cls, method):
-            setattr(cls, method, _noting(ledger, rank, getattr(cls, method), name, at, started))
+            setattr(cls, method, _eager(_noting(ledger, rank, getattr(cls, method), name, at, started)))
     for method in ("send", "recv"):
-        setattr(cls, method, _noting_p2p(ledger, rank, getattr(cls, method), method, started))
-    cls.recv_anysource = _noting_any_source(ledger, rank, cls.recv_anysource, started)
+        setattr(cls, method, _eager(_noting_p2p(ledger, rank, getattr(cls, method), method, started)))
+    cls.recv_anysource = _eager(_noting_any_source(ledger, rank, cls.recv_anysource, started))
+
+
+def _eager(function):
+    """Let torch.compile leave it alone, and what it calls: what stands here cannot become part of a graph."""
+    # torch.compiler.disable would do, but imports the compiler, which takes a rank as long as all the rest of its start
+    from torch._C._dynamo import eval_frame as frames
+
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    frames.set_code_exec_strategy(function.__code__, skip)
+    return function
 
 
 _known = {}  # group name: global ranks
