@@ -265,13 +265,13 @@ def check_precision(dtype, device="cpu"):
         return
     other = "bfloat16, which needs no loss scale" if dtype == torch.float16 else "float16 with a LossScaler"
     try:
-        _train_a_layer(dtype, device)
+        _try(dtype, device)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0][:120]
         raise ValueError(f"{device} cannot compute in {dtype} ({why}): use {other}, or float32") from None
 
 
-def _train_a_layer(dtype, device):
+def _try(dtype, device):  # a layer, forward and backward
     with torch.inference_mode(False), torch.enable_grad():
         w = torch.ones(8, 8, dtype=dtype, device=device, requires_grad=True)
         (torch.ones(8, 8, dtype=dtype, device=device) @ w).sum().backward()
