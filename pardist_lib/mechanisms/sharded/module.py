@@ -15,15 +15,15 @@ Sources: Rajbhandari et al., "ZeRO" (2020), sections 5 and 7; Zhao et al., "PyTo
 
 import torch
 import torch.distributed as dist
+from torch.compiler import disable as eager  # outside of torch.compile's graphs
 
 from ..collectives.agreement import take_from_first
-from ..collectives.parts import has_part, load_parts, save_parts
 from .async_collectives import AsyncCollectives
 from .checks import check_dtypes, check_kept, check_module
 from .gradients import UsedParameters, call_when_accumulated, clip_sharded_grad_norm_
 from .optimizer import ShardedOptimizer
 from .passes import Passes
-from .state import StateDicts, place_of
+from .state import StateDicts
 from .units import cast_tensors, make_units, returned_tensors
 
 __all__ = ["ShardedDataParallel", "ShardedOptimizer"]
@@ -92,20 +92,13 @@ class ShardedDataParallel(Passes, StateDicts):
             self._tell_parts()
         module.register_load_state_dict_post_hook(lambda *_: self.refresh())
 
-    def _tell_parts(self):
-        names = [f"{name} of this ShardedDataParallel" for name in ("clip_grad_norm_", "full_state_dict()")]
-        for local in self.module.parameters():
-            has_part(local, self, names[0], place_of(local), names[1])
-        for module in self.module.modules():
-            module.register_state_dict_post_hook(lambda m, state, prefix, _: save_parts(m, state, prefix))
-            module.register_load_state_dict_pre_hook(lambda m, state, prefix, *_: load_parts(m, state, prefix))
-
     def _hook(self, unit):
         if self.compute_dtype is not None:
             cast = lambda _, args, kwargs: cast_tensors((args, kwargs), self.compute_dtype)  # noqa: E731
             unit.module.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
-        unit.module.register_forward_pre_hook(lambda *_: self._before_forward(unit), prepend=True)
-        after = lambda _, __, output: self._after_forward(unit, output)  # noqa: E731
+        before = eager(lambda *_: self._before_forward(unit))
+        after = eager(lambda _, __, output: self._after_forward(unit, output))
+        unit.module.register_forward_pre_hook(before, prepend=True)
         unit.module.register_forward_hook(after, always_call=True)  # also where it fails
         for flat in unit.trained:
             for i, p in enumerate(flat.parameters):

@@ -5,11 +5,21 @@ import copy
 import torch
 
 from ..collectives.direct import direct_all_gather
+from ..collectives.parts import has_part, load_parts, save_parts
 from ..group import rank_and_size
 
 
 class StateDicts:
     """The part of ShardedDataParallel that saves and loads."""
+
+    def _tell_parts(self):
+        """Let clipping and state dicts know that these are parts."""
+        clip, save = (f"{name} of this ShardedDataParallel" for name in ("clip_grad_norm_", "full_state_dict()"))
+        for local in self.module.parameters():
+            has_part(local, self, clip, place_of(local), save)
+        for module in self.module.modules():
+            module.register_state_dict_post_hook(lambda m, state, prefix, _: save_parts(m, state, prefix))
+            module.register_load_state_dict_pre_hook(lambda m, state, prefix, *_: load_parts(m, state, prefix))
 
     def sharded_state_dict(self):
         """This rank's shards, and the buffers, by the module's own names. Sends nothing."""
