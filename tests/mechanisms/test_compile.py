@@ -84,3 +84,34 @@ def test_a_compiled_model_trains_as_it_does_uncompiled(ranks_of, name, backend):
     for plain, compiled in ranks_of(2).run(beside, name, backend, quiet=True, timeout=120):
         for a, b in zip(plain, compiled, strict=True):
             torch.testing.assert_close(b, a)
+
+
+STEPS = {
+    "stage 1": lambda: (made := net(), ShardedOptimizer(made.parameters(), torch.optim.SGD, lr=0.1)),
+    "stage 3": lambda: (made := ShardedDataParallel(net(), 3), torch.optim.SGD(made.parameters(), lr=0.1)),
+    "parallelize": lambda: (made := parallelize(net(), SPLIT), torch.optim.SGD(made.parameters(), lr=0.1)),
+}
+
+
+def whole_steps(name, backend):
+    """Forward, backward and the optimizer's step in one compiled function."""
+    torch.compiler.reset()
+    model, optimizer = STEPS[name]()
+
+    def step(x):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    step = torch.compile(step, backend=backend) if backend else step
+    return torch.stack([step(torch.full((3, 4), 1.0 + i)) for i in range(3)])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_compiled_training_step_does_what_it_does_uncompiled(ranks_of, name):
+    ranks = ranks_of(2)
+    plain, compiled = (ranks.run(whole_steps, name, b, quiet=True, timeout=120) for b in (None, "eager"))
+    for a, b in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(b, a)

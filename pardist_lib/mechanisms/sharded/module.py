@@ -15,11 +15,11 @@ Sources: Rajbhandari et al., "ZeRO" (2020), sections 5 and 7; Zhao et al., "PyTo
 
 import torch
 import torch.distributed as dist
-from torch.compiler import disable as eager  # outside of torch.compile's graphs
 
 from ..collectives.agreement import take_from_first
 from .async_collectives import AsyncCollectives
 from .checks import check_dtypes, check_kept, check_module
+from .eager import eager
 from .gradients import UsedParameters, call_when_accumulated, clip_sharded_grad_norm_
 from .optimizer import ShardedOptimizer
 from .passes import Passes
@@ -96,9 +96,8 @@ class ShardedDataParallel(Passes, StateDicts):
         if self.compute_dtype is not None:
             cast = lambda _, args, kwargs: cast_tensors((args, kwargs), self.compute_dtype)  # noqa: E731
             unit.module.register_forward_pre_hook(cast, prepend=True, with_kwargs=True)
-        before = eager(lambda *_: self._before_forward(unit))
-        after = eager(lambda _, __, output: self._after_forward(unit, output))
-        unit.module.register_forward_pre_hook(before, prepend=True)
+        unit.module.register_forward_pre_hook(lambda *_: self._before_forward(unit), prepend=True)
+        after = lambda _, __, output: self._after_forward(unit, output)  # noqa: E731
         unit.module.register_forward_hook(after, always_call=True)  # also where it fails
         for flat in unit.trained:
             for i, p in enumerate(flat.parameters):
@@ -114,6 +113,7 @@ class ShardedDataParallel(Passes, StateDicts):
             # as long as shards have gradients, an optimizer may change them
             self._stale = any(p.grad is not None for flat in self._trained for p in flat.local_shards)
 
+    @eager
     def _before_forward(self, unit):
         """Gather it, and start to gather the one that comes next."""
         first_time = self._enter(unit)
@@ -121,6 +121,7 @@ class ShardedDataParallel(Passes, StateDicts):
         if first_time and self._prefetches and (after := _next(unit, self._order)):
             after.gather()
 
+    @eager
     def _after_forward(self, unit, output):
         """Reshard it. Hooks on what it has returned tell when its backward begins."""
         if self._leave(unit):
@@ -132,6 +133,7 @@ class ShardedDataParallel(Passes, StateDicts):
             if not self._calling:
                 self._end_forward()
 
+    @eager
     def _before_backward(self, unit):
         """Gather it again, and start to gather the one whose backward comes next."""
         self._begin_backward()
@@ -148,6 +150,7 @@ class ShardedDataParallel(Passes, StateDicts):
             done.reshard()
             self._done.remove(done)
 
+    @eager
     @torch.no_grad()
     def _has_gradient(self, unit, flat, i):
         """A parameter's gradient is complete. When all of its unit's are, reduce-scatter them."""
@@ -160,6 +163,7 @@ class ShardedDataParallel(Passes, StateDicts):
             self._done.append(unit)
             self._sent.extend((f, f.reduce_scatter(self._collectives)) for f in unit.trained)
 
+    @eager
     @torch.no_grad()
     def _after_backward(self):
         """Give the shards their gradients, all ranks to the same parameters; nothing else is left."""

@@ -9,13 +9,12 @@ import torch
 from torch.optim import Optimizer
 
 from ..collectives.agreement import take_from_first
-from ..collectives.parts import has_part
-from ..group import rank_and_size
 from .async_collectives import AsyncCollectives, prepared_gather
 from .buckets import in_buckets
 from .checks import check_elementwise, check_frozen, check_parameters, check_trainable, check_unmoved
+from .eager import eager
 from .gradients import UsedParameters, call_when_accumulated, clip_sharded_grad_norm_
-from .state import OptimizerStateDicts, place_of
+from .state import OptimizerStateDicts
 
 
 class ShardedOptimizer(OptimizerStateDicts, Optimizer):
@@ -64,6 +63,7 @@ class ShardedOptimizer(OptimizerStateDicts, Optimizer):
 
     # ---- a step -----------------------------------------------------------------------------------------------
 
+    @eager
     @torch.no_grad()
     def step(self, closure=None):
         """Average the gradients, update this rank's shards, gather the parameters. closure: as torch's."""
@@ -105,6 +105,7 @@ class ShardedOptimizer(OptimizerStateDicts, Optimizer):
                 bucket.give_gradients(bucket.sent, used[bucket])
         self.reduced = True
 
+    @eager
     @torch.no_grad()
     def _has_gradient(self, bucket, i):
         """In backward, once a parameter's gradient is complete."""
@@ -124,6 +125,7 @@ class ShardedOptimizer(OptimizerStateDicts, Optimizer):
         shards = [local for bucket in self.buckets for local in bucket.local_shards]
         return clip_sharded_grad_norm_(shards, max_norm, self.group, norm_type)
 
+    @eager
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
         self._forget()
@@ -153,14 +155,6 @@ class ShardedOptimizer(OptimizerStateDicts, Optimizer):
         shards = {p: local for b in buckets for p, local in zip(b.parameters, b.local_shards, strict=True)}
         self.sharded |= set(shards)
         return shards
-
-    def _tell_parts(self, bucket):
-        clip, save = (f"{name} of this ShardedOptimizer" for name in ("clip_grad_norm_", "full_state_dict()"))
-        if rank_and_size(self.group)[1] > 1:
-            for p, local in zip(bucket.parameters, bucket.local_shards, strict=True):
-                has_part(local, self, clip, place_of(local), save)
-                if self.reduces:
-                    has_part(p, self, clip)  # each rank has its own gradient
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)

@@ -69,6 +69,15 @@ class StateDicts:
 class OptimizerStateDicts:
     """The part of ShardedOptimizer that saves and loads, and keeps its settings (lr, …) and its optimizer's alike."""
 
+    def _tell_parts(self, bucket):
+        """Let clipping and state dicts know what are parts."""
+        clip, save = (f"{name} of this ShardedOptimizer" for name in ("clip_grad_norm_", "full_state_dict()"))
+        if rank_and_size(self.group)[1] > 1:
+            for p, local in zip(bucket.parameters, bucket.local_shards, strict=True):
+                has_part(local, self, clip, place_of(local), save)
+                if self.reduces:
+                    has_part(p, self, clip)  # each rank has its own gradient
+
     def state_dict(self):
         """This rank's shard of the state, with the rank and the world it belongs to. Sends nothing."""
         rank, n = rank_and_size(self.group)
