@@ -1,4 +1,4 @@
-"""One training step of a small GPT in any layout that four ranks can run: what a plan's prediction is held against.
+"""One training step of a small GPT in any layout that a few ranks can run: what a plan's prediction is held against.
 
 Data, tensor and ZeRO parallelism are the course's own mechanisms; pipelines are torch.distributed.pipelining's.
 """
@@ -34,6 +34,15 @@ def runnable(plan, batch):
     one = plan.cp == plan.ep == plan.v == 1 and plan.recompute == "none"
     pipes = plan.pp == 1 or plan.tp == 1 and plan.zero == 0 and micro_batches(plan, batch) >= plan.pp
     return one and pipes and (plan.tp == 1 or plan.zero < 2)
+
+
+def possible(model, plan, batch):
+    """Whether `make_step` can run a plan with this model, whose heads and layers have to be dealt out as well."""
+    try:
+        check(model, plan, batch)
+    except ValueError:
+        return False
+    return runnable(plan, batch)
 
 
 def groups_of(plan):
