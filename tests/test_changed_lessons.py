@@ -30,6 +30,18 @@ CHANGES = [
     ("04", "side = 16 * ranks.n", "side = 8 * ranks.n"),
     ("05", "DigitsMLP(32", "DigitsMLP(30"),
     ("05", "lr=0.3", "lr=0.2"),
+    ("06", "256 // ranks.n", "250 // ranks.n"),
+    ("06", "lr=0.2", "lr=0.1"),
+    ("07", "BATCH = 64 //", "BATCH = 50 //"),
+    ("07", "DigitsMLP(512)", "DigitsMLP(300)"),
+    ("08", "64 // n", "50 // n"),
+    ("08", "EACH = 10 ", "EACH = 11 "),
+    ("12", "WIDTH, ROWS = 64, 8", "WIDTH, ROWS = 48, 6"),
+    ("12", "width=64", "width=50"),
+    ("13", "4 * n, max(1", "8 * n, max(1"),
+    ("13", "length=64", "length=48"),
+    ("15", "[40, 80, 120", "[30, 90, 120"),
+    ("15", "lr=0.1", "lr=0.08"),
 ]
 NUMBERS = re.compile(r"\d[\d.,e-]*|\b(one|two|three|four|five|six|seven|eight)\b")
 MOVE = '''
