@@ -18,10 +18,11 @@ from .staleness import stale_gradients
 from .table import Table
 from .timeline import timeline
 from .timeline_page import explore
+from .verdict import Verdict
 from .widgets import Live, contact_sheet, knobs, stepper
 
 __all__ = [
-    "Live", "Picture", "Table", "activations", "bars", "collective", "contact_sheet", "curves", "explore",
+    "Live", "Picture", "Table", "Verdict", "activations", "bars", "collective", "contact_sheet", "curves", "explore",
     "float_bits", "gradients", "held", "images", "knobs", "magnitudes", "matmul", "memory", "memory_over_time",
     "messages", "plans", "plans_page", "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients",
     "stepper", "timeline",

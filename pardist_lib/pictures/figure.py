@@ -7,9 +7,11 @@ import base64
 import io
 from dataclasses import dataclass, field
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 
 import numpy as np
+from IPython.display import display
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -64,6 +66,19 @@ class Picture:
         if Path(path).suffix.lower() != ".png":
             raise ValueError(f"save: {str(path)!r} must end in .png")
         Path(path).write_bytes(self.png)
+
+    def _ipython_display_(self):
+        data, metadata = self._repr_mimebundle_()
+        display(data, raw=True, metadata=metadata)
+        display({"text/html": self.in_words(), "text/plain": ""}, raw=True)
+
+    def in_words(self):
+        """The alt text as HTML, folded, to stand below the image: of an output's metadata no page shows it (JupyterLab,
+        nbconvert), and an <img> of our own, with its data in it, may be taken out where a notebook is only read."""
+        return (
+            '<details style="font-size:85%;opacity:.75"><summary>in words</summary>'
+            f"{escape(self.alt, quote=False)}</details>"
+        )
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         width = int.from_bytes(self.png[16:20])  # the PNG header's own width field

@@ -42,7 +42,7 @@ def memory(plans, computed=None, *, title="", note=""):
         axes = sheet(figure)
         heading(axes, title, note)
         _legend(axes, names, bool(computed))
-        y = TOP
+        styles, y = palette.kind_styles(names), TOP
         for plan, kinds in plans.items():
             world, step = len(totals[plan]), tall[plan]
             text, points = fit(plan, LEFT - (0.75 if world > 1 else 0.3), 9.5, bold=True)
@@ -53,7 +53,7 @@ def memory(plans, computed=None, *, title="", note=""):
                               color=palette.MUTED)  # fmt: skip
                 x = LEFT
                 for kind, values in kinds.items():
-                    fill, hatch = palette.kind_style(names.index(kind))
+                    fill, hatch = styles[kind]
                     if values[r]:
                         block(axes, x, y, values[r] * scale, step - 0.03, fill, hatch=hatch, line=0.5)
                     x += values[r] * scale
@@ -82,8 +82,7 @@ def _said(plan, totals, goal):
 
 def _legend(axes, kinds, marked):
     x = LEFT
-    for i, kind in enumerate(kinds):
-        fill, hatch = palette.kind_style(i)
+    for kind, (fill, hatch) in palette.kind_styles(kinds).items():
         block(axes, x, 0.5, 0.3, 0.17, fill, hatch=hatch)
         x = write_left(axes, x + 0.37, 0.585, kind) + 0.25
     if marked:

@@ -23,7 +23,7 @@ def memory_over_time(memory, *, title="memory over time", unit="ms", marks=None)
     kinds = getattr(next(iter(memory.values())), "kinds", None) or KINDS
     rows = [{"rank": rank, **{f"{k} at the peak": v for k, v in _peak(m, kinds).items()},
              "peak": int(m.bytes.sum(1).max())} for rank, m in memory.items()]  # fmt: skip
-    marks = dict(marks or {})
+    marks, fills = dict(marks or {}), [fill for fill, _ in palette.kind_styles(kinds).values()]
     first, last = (f(m.times[at] for m in memory.values()) for f, at in ((min, 0), (max, -1)))
     most = max([r["peak"] for r in rows] + list(marks.values())) or 1
     factor = 1e3 if unit == "ms" else 1
@@ -36,7 +36,7 @@ def memory_over_time(memory, *, title="memory over time", unit="ms", marks=None)
         x = LEFT
         for i, kind in enumerate(kinds):
             if any(r[f"{kind} at the peak"] or m.bytes[:, i].any() for r, m in zip(rows, memory.values(), strict=True)):
-                block(axes, x, 0.5, 0.3, 0.17, _fill(i), hatch="")
+                block(axes, x, 0.5, 0.3, 0.17, fills[i], hatch="")
                 x = write_left(axes, x + 0.37, 0.585, kind) + 0.25
         for lane, (rank, m) in enumerate(memory.items()):
             bottom = TOP + lane * (TALL + GAP) + TALL
@@ -53,7 +53,7 @@ def memory_over_time(memory, *, title="memory over time", unit="ms", marks=None)
                     bottom - np.append(over, over[-1]) / most * TALL,
                     bottom - np.append(under, under[-1]) / most * TALL,
                     step="post",
-                    facecolor=_fill(i),
+                    facecolor=fills[i],
                     edgecolor=palette.INK,
                     linewidth=0.3,
                 )
@@ -74,11 +74,6 @@ def memory_over_time(memory, *, title="memory over time", unit="ms", marks=None)
 
 
 KINDS = ("parameters", "gradients", "optimizer state", "activations", "other")
-_FILLS = (palette.BLUE, palette.VERMILLION, palette.YELLOW, palette.GREEN, palette.NEUTRAL)
-
-
-def _fill(kind):
-    return _FILLS[kind % len(_FILLS)]
 
 
 def _peak(m, kinds):

@@ -4,6 +4,8 @@ Figures are opaque: they bring their own near-white paper, so no colour ever mee
 Colour is never the only carrier: every block also says its rank in words, and ranks from 8 on are hatched.
 """
 
+import itertools
+
 PAPER = "#fafaf8"  # background of every figure
 INK = "#1a1a1a"  # text and outlines
 MUTED = "#595959"  # secondary text, still 6.7 : 1 on PAPER
@@ -16,13 +18,22 @@ SKY, VERMILLION, YELLOW, BLACK = "#56B4E9", "#D55E00", "#F0E442", "#000000"
 RANKS = (BLUE, VERMILLION, SKY, YELLOW, GREEN, ORANGE, PURPLE, BLACK)  # the four furthest apart come first
 LINES = (BLUE, VERMILLION, GREEN, BLACK, PURPLE, ORANGE)  # for thin strokes: the darker ones first
 HATCHES = ("", "///", "...", "xxx")
-KINDS = (SKY, ORANGE, VERMILLION, YELLOW, GREEN, PURPLE)  # for kinds (of operation, of memory), each with …
-KIND_HATCHES = ("", "////", "\\\\\\\\", "....", "xxxx", "----", "||||")  # … a hatch; 42 pairs before one returns
+# For kinds (of memory, of operation, of time), none of them near a rank's colour: each with a hatch, 42 pairs.
+KINDS = ("#332288", "#d8b4a0", "#b15928", "#b3de69", "#5f0f40", "#7f6a93")
+KIND_HATCHES = ("", "////", "\\\\\\\\", "....", "xxxx", "----", "||||")
+# What a kind is called decides how it looks, in every picture of the course. A name may go on: "optimizer state".
+FIXED = ("parameters", "gradients", "optimizer", "activations", "gathered", "other",
+         "all_reduce", "reduce_scatter", "all_gather", "broadcast", "send", "recv", "all_to_all", "barrier",
+         "compute", "bubble", "tensor", "context", "expert", "pipeline", "data")  # fmt: skip
 
 
-def kind_style(index):
-    """(colour, hatch) of the index-th kind."""
-    return KINDS[index % len(KINDS)], KIND_HATCHES[index % len(KIND_HATCHES)]
+def kind_styles(names):
+    """{name: (colour, hatch)}: that of its kind where it has one in `FIXED`, else the next that is free."""
+    free = itertools.count(len(FIXED))
+    known = [next((i for i, kind in enumerate(FIXED) if str(name).startswith(kind)), None) for name in names]
+    places = [next(free) if i is None else i for i in known]
+    pairs = [(KINDS[i % len(KINDS)], KIND_HATCHES[i % len(KIND_HATCHES)]) for i in places]
+    return dict(zip(names, pairs, strict=True))
 
 
 def rank_colour(rank):

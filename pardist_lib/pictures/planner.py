@@ -23,7 +23,7 @@ def plans(ranked, *, title="", note="", limit=None):
         raise ValueError("plans: expected at least one {'plan', 'parts', 'memory'}")
     known = list(dict.fromkeys(k for r in rows for k in r["parts"]))  # a part has the same colour in every picture
     names = [name for name in known if any(r["parts"].get(name) for r in rows)]
-    styles = {name: palette.kind_style(known.index(name)) for name in known}
+    styles = palette.kind_styles(known)
     scale = (WIDTH - LEFT - 0.2) / (max(r["seconds"] for r in rows) or 1.0)
     lines = _legend_lines(names)
     top = TOP + 0.24 * (len(lines) - 1)
@@ -125,7 +125,7 @@ def plans_page(path, knobs, results, *, title="Choosing a plan", note=""):
         table["|".join(key)] = found if isinstance(found, str) else [_checked(row) for row in found]
     names = list(dict.fromkeys(n for found in table.values() if not isinstance(found, str)
                                for row in found for n in row["parts"]))  # fmt: skip
-    data = {"knobs": knobs, "results": table, "parts": {n: palette.kind_style(i)[0] for i, n in enumerate(names)}}
+    data = {"knobs": knobs, "results": table, "parts": {n: fill for n, (fill, _) in palette.kind_styles(names).items()}}
     text = json.dumps(data).replace("<", "\\u003c")
     page = PAGE.replace("TITLE", escape(title)).replace("NOTE", escape(note)).replace("DATA", text)
     Path(path).write_text(page, encoding="utf-8")

@@ -267,7 +267,7 @@ def bars(measured, computed=None, *, title="", unit="bytes"):
         + f"; kinds: {', '.join(stack)}."
     )
     longest = max(total.max(), 0 if goal is None else goal.max()) or 1.0
-    scale, top = 4.6 / longest, 0.85
+    scale, top, styles = 4.6 / longest, 0.85, palette.kind_styles(list(stack)).values()
 
     def draw(figure):
         axes = sheet(figure)
@@ -276,9 +276,8 @@ def bars(measured, computed=None, *, title="", unit="bytes"):
         for rank in range(world):
             x, y = 0.95, top + rank * 0.47
             chip(axes, 0.47, y + 0.15, rank)
-            for i, values in enumerate(stack.values()):
+            for values, (fill, hatch) in zip(stack.values(), styles, strict=True):
                 width = values[rank] * scale
-                fill, hatch = palette.kind_style(i)
                 block(
                     axes,
                     x,
@@ -319,8 +318,7 @@ def _plain(value):
 
 def _legend(axes, kinds, marker):
     x = 0.95
-    for i, kind in enumerate(kinds):
-        fill, hatch = palette.kind_style(i)
+    for kind, (fill, hatch) in palette.kind_styles(kinds).items():
         block(axes, x, 0.48, 0.3, 0.17, fill, hatch=hatch)
         x = write_left(axes, x + 0.37, 0.565, kind) + 0.25
     if marker:

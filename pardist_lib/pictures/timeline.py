@@ -40,7 +40,7 @@ def timeline(trace, *, title="timeline", times=False):
     def draw(figure):
         axes = sheet(figure)
         heading(axes, title)
-        styles = {name: palette.kind_style(i + 1) for i, name in enumerate(_names(events))}
+        styles = palette.kind_styles(_names(events))
         _legend(axes, styles, any(e.kind == "compute" for e in events))
         _milliseconds(axes, (end - zero) * 1e3, TOP + world * (COMPUTE + COMMUNICATE + GAP))
         for rank in range(world):

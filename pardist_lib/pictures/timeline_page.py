@@ -54,7 +54,7 @@ def page(trace, title="timeline"):
     counted = Counter(e.name for e in events if e.kind == "communication")
     calls = sorted(counted, key=lambda name: (-counted[name], name))
     names = {("communication", name): i for i, name in enumerate(calls)}
-    fills = [palette.kind_style(i + 1)[0] for i in range(len(calls))]
+    fills = [fill for fill, _ in palette.kind_styles(list(calls)).values()]
     groups, lanes = {(): 0}, [{"c": [], "m": []} for _ in range(world)]
     for e in events:
         number = names.setdefault((e.kind, e.name), len(names))

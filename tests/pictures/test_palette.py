@@ -55,4 +55,18 @@ def test_contrast_is_wcag():
 
 def test_no_two_of_many_ranks_look_alike():
     assert len({(palette.rank_colour(r), palette.rank_hatch(r)) for r in range(32)}) == 32
-    assert len({palette.kind_style(i) for i in range(42)}) == 42
+    assert len(set(palette.kind_styles([*palette.FIXED, *range(21)]).values())) == 42
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_no_kind_is_a_ranks_colour(sight):
+    for kind in palette.KINDS:
+        least = min(float(np.linalg.norm(lab(kind, SIGHT[sight]) - lab(c, SIGHT[sight]))) for c in palette.RANKS)
+        assert least > 10, kind
+
+
+def test_a_kind_looks_the_same_in_every_picture():
+    one = palette.kind_styles(["gradients", "optimizer state", "something"])
+    other = palette.kind_styles(["parameters", "activations", "gradients", "optimizer"])
+    assert one["gradients"] == other["gradients"] and one["optimizer state"] == other["optimizer"]
+    assert len({*one.values(), *other.values()}) == 5

@@ -7,7 +7,7 @@ import ipywidgets
 import pytest
 
 from pardist_lib import pictures
-from pardist_lib.pictures import widgets
+from pardist_lib.pictures import figure, widgets
 from tests.pictures.picture_examples import ring_states
 
 
@@ -15,7 +15,7 @@ from tests.pictures.picture_examples import ring_states
 def shown(monkeypatch):
     """What a widget displays, in order."""
     outputs = []
-    monkeypatch.setattr(widgets, "display", lambda thing, raw=False: outputs.append(thing))
+    monkeypatch.setattr(widgets, "display", lambda thing, raw=False, metadata=None: outputs.append(thing))
     return outputs
 
 
@@ -36,14 +36,14 @@ def children(live, kind):
 
 def test_stepper_steps_and_stops_at_the_ends():
     live = pictures.stepper(pictures.ring_steps(ring_states(3)))
-    (slider,) = children(live, ipywidgets.IntSlider)
+    (slider,) = children(live, ipywidgets.SelectionSlider)
     back, forward = children(live, ipywidgets.Button)
-    assert (slider.min, slider.max, slider.value) == (0, 4, 0)
+    assert slider.index == 0 and [label for label, _ in slider.options] == [f"{i} of 5" for i in range(1, 6)]
     back.click()
-    assert slider.value == 0
+    assert slider.index == 0
     for expected in (1, 2, 3, 4, 4):
         forward.click()
-        assert slider.value == expected
+        assert slider.index == expected
     (stack,) = children(live, ipywidgets.Stack)
     assert len(stack.children) == 5
     assert all(f"step {i} of 4" in page.value for i, page in enumerate(stack.children) if i)
@@ -57,7 +57,7 @@ def test_stepper_shows_captions_that_are_its_own():
 
 
 def test_one_picture_needs_no_slider():
-    (slider,) = children(pictures.stepper([look(1)]), ipywidgets.IntSlider)
+    (slider,) = children(pictures.stepper([look(1)]), ipywidgets.SelectionSlider)
     assert slider.disabled
 
 
@@ -65,16 +65,17 @@ def test_three_outputs_the_first_of_them_a_picture(shown):
     live = pictures.stepper([look(1), look(2)])
     live._ipython_display_()
     still, view, line = shown
-    assert isinstance(still, pictures.Picture) and len(still.png) < 120_000
-    assert "2 of 2 pictures to step through" in still.alt
+    assert len(still["image/png"]) < 160_000 and still["text/plain"] == live.still.alt
+    assert "2 of 2 pictures to step through" in live.still.alt
     assert view["application/vnd.jupyter.widget-view+json"]["model_id"] == live.widget.model_id
     assert view["text/plain"] == "" and "Run this cell" in line["text/plain"]
+    assert "2 of 2 pictures to step through" in line["text/html"]  # alt text that a page shows
 
 
 def test_knobs_redraw_when_let_go():
     live = pictures.knobs(look, ranks=(1, 7), size=["small", "big"])
     (slider,) = children(live, ipywidgets.IntSlider)
-    (choice,) = children(live, ipywidgets.Dropdown)
+    (choice,) = children(live, ipywidgets.SelectionSlider)  # the arrow keys move it; JupyterLab takes a dropdown's
     (page,) = children(live, ipywidgets.HTML)
     assert slider.value == 4 and not slider.continuous_update and slider.description == "ranks"
     assert "small: every rank 4 bytes" in page.value
@@ -143,3 +144,48 @@ def test_the_browser_hides_what_is_not_needed(state, visible):
         ]
         chromium.close()
     assert seen == ["before", *visible, "after"]
+
+
+def test_choices_are_sliders_and_have_words():
+    many = ipywidgets.Dropdown(options={"one": 1, "two": 2}, value=2, description="how many ranks")
+    live = pictures.knobs(look, ranks=many, size=["small", "big"])
+    ranks, size = children(live, ipywidgets.SelectionSlider)
+    assert (ranks.description, ranks.value, size.description) == ("how many ranks", 2, "size")
+    assert live.hint.startswith("Drawn for how many ranks = two, size = small.")
+    ranks.value = 1
+    (page,) = children(live, ipywidgets.HTML)
+    assert "every rank 1 byte" in page.value
+
+
+def test_while_it_works_the_old_picture_is_pale():
+    seen = []
+
+    def slow(ranks):
+        seen.append(children(live, ipywidgets.HTML)[0].value if "live" in known else "")
+        return look(ranks)
+
+    known = set()
+    live = pictures.knobs(slow, ranks=(1, 4))
+    known.add("live")
+    (slider,) = children(live, ipywidgets.IntSlider)
+    slider.value = 3
+    assert seen[-1].startswith("<em>working …</em>") and "opacity" in seen[-1]
+    assert "working" not in children(live, ipywidgets.HTML)[0].value
+
+
+def test_without_a_stack_pages_are_tabs(monkeypatch):
+    monkeypatch.delattr(ipywidgets, "Stack")  # ipywidgets 7
+    live = pictures.stepper([look(1), look(2)])
+    assert len(children(live, ipywidgets.Tab)[0].children) == 2
+
+
+def test_pictures_beside_each_other_only_where_they_can_be_read():
+    small = pictures.Picture(figure.paint((2, 1), lambda figure: None), "a small one")
+    wide = look(1)
+    beside, below = pictures.stepper([small, small]).still, pictures.stepper([wide, wide]).still
+
+    def size(picture):
+        return int.from_bytes(picture.png[16:20]), int.from_bytes(picture.png[20:24])
+
+    assert size(beside)[0] > 2 * size(small)[0] and size(beside)[1] < 2 * size(small)[1]
+    assert size(below)[0] > size(wide)[0] and size(below)[1] > 2 * size(wide)[1]

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from pardist_lib import lessons
 from pardist_lib.pictures.table import Table
+from pardist_lib.pictures.verdict import FAILS, HOLDS
 from pardist_lib.ranks.again import notebook_file
 
 from . import answers
 from .bench import Bench, Blocked
 from .judge import Wrong
 
-MARKS = {"passed": ("✓", "#009E73"), "failed": ("✗", "#D55E00")}
+MARKS = {"passed": HOLDS, "failed": FAILS}
 OTHER_MARK = "○", "#8a8a8a"
 
 
@@ -98,6 +99,7 @@ def check(name=None, answer=None):
     """
     if unknown := _unknown(name):
         return Verdict(str(name or "check"), "blocked", unknown)
+    _last["lesson"] = exercises()[name]
     if answer is not None:
         text = answers.text_of(answer, name)
         return _not_an_answer(name, answer) or _kept(_judged(name, answer), text)
@@ -132,18 +134,28 @@ def solution(name=None):
     return Words(f"One way to write {name}:", inspect.getsource(reference(name)).rstrip())
 
 
-def progress():
-    """Which exercises are passed, lesson by lesson: a table."""
-    names = exercises()
+def progress(lesson=None):
+    """Which exercises are passed: those of a lesson, by default of the one whose exercises were checked last, and one
+    line for the others; progress("all") has all of them. A table."""
+    names, lesson = exercises(), f"{lesson:02}" if isinstance(lesson, int) else lesson or _last.get("lesson")
     states = {name: answers.status(name) for name in names}
+    if lesson not in (None, "all", *names.values()):
+        raise ValueError(f"there is no lesson {lesson!r} with exercises: {', '.join(sorted(set(names.values())))}")
     rows = [
-        {"lesson": lesson, "exercise": name, "": MARKS.get(states[name], OTHER_MARK)[0], "status": states[name]}
-        for name, lesson in names.items()
+        {"lesson": where, "exercise": name, "": MARKS.get(states[name], OTHER_MARK)[0], "status": states[name]}
+        for name, where in names.items()
+        if lesson in ("all", where)
     ]
-    return Table(rows, f"{sum(s == 'passed' for s in states.values())} of {len(rows)} exercises passed")
+    others = [n for n, where in names.items() if lesson not in ("all", where)]
+    if others:
+        passed = f"{sum(states[n] == 'passed' for n in others)} of {len(others)} passed"
+        more = "all the others" if rows else "all"
+        rows.append({"lesson": more, "exercise": 'progress("all") has them', "": "", "status": passed})
+    return Table(rows, f"{sum(s == 'passed' for s in states.values())} of {len(names)} exercises passed")
 
 
 _shown = {}  # hints so far; a new kernel begins with the first
+_last = {}  # "lesson": whose exercise was checked last
 
 
 def exercises():

@@ -125,7 +125,7 @@ def test_no_ranks_is_blocked_and_never_passed(monkeypatch, answers_folder):
     verdict = check("shard_rows", rows)
     assert verdict.status == "blocked" and "four ranks are needed" in verdict.diagnosis and not verdict.passed
     assert "range" in (answers_folder / "shard_rows.py").read_text()
-    assert {row["exercise"]: row["status"] for row in progress().rows}["shard_rows"] == "saved, not checked"
+    assert {row["exercise"]: row["status"] for row in progress("00").rows}["shard_rows"] == "saved, not checked"
 
 
 def test_busy_ranks_are_blocked(ranks):

@@ -130,7 +130,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setenv("PARDIST_ANSWERS", str(tmp_path / "file" / "below"))
     verdict = check("shard_rows", rows)
     assert verdict.passed and "could not be saved" in verdict.note
-    assert len(progress().rows) == len(NAMES) and check("shard_rows").status == "not tried yet"
+    assert len(progress("all").rows) == len(NAMES) and check("shard_rows").status == "not tried yet"
 
 
 def gives_itself(tensor):
@@ -139,10 +139,15 @@ def gives_itself(tensor):
 
 def test_progress_is_a_table_by_lesson():
     check("shard_rows", rows), check("exchange", gives_itself)
-    states = {row["exercise"]: (row["lesson"], row["status"]) for row in progress().rows}
+    states = {row["exercise"]: (row["lesson"], row["status"]) for row in progress("all").rows}
     assert states["shard_rows"] == ("00", "passed") and states["exchange"] == ("01", "failed")
     assert states["ring_bytes"] == ("01", "not tried yet") and list(states) == NAMES
     assert progress().caption == f"1 of {len(NAMES)} exercises passed"
+    *these, others = progress().rows  # of the lesson whose exercise was checked last
+    assert {row["lesson"] for row in these} == {"01"} and others["status"] == f"1 of {len(NAMES) - len(these)} passed"
+    assert progress(0).rows[0]["exercise"] == "shard_rows" and len(progress(0).rows) == 4
+    with pytest.raises(ValueError, match="no lesson '99'"):
+        progress(99)
 
 
 def test_hints_come_one_by_one_and_then_the_solution():
