@@ -1,13 +1,15 @@
 """A table that shows itself: HTML in a notebook, aligned columns in a terminal."""
 
 from html import escape
+from math import floor, isfinite, log10
 from numbers import Integral, Real
 
 
 class Table:
     """Rows of data with named columns.
 
-    rows: list of dicts; columns in order of first appearance, a missing key is an empty cell.
+    rows: list of dicts; columns in order of first appearance, a missing key is an empty cell. Fractions of a column have
+    the same number of decimals.
     caption: one line above the table.  Raises ValueError where a row is no dict.
     """
 
@@ -33,7 +35,7 @@ class Table:
         )
         body = "".join(
             "<tr>"
-            + "".join(f'<td style="text-align:{self._side(c)}">{escape(cell(row.get(c)))}</td>' for c in self.columns)
+            + "".join(f'<td style="text-align:{self._side(c)}">{escape(self._cell(row.get(c), c))}</td>' for c in self.columns)
             + "</tr>"
             for row in self.rows
         )
@@ -41,7 +43,7 @@ class Table:
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def __repr__(self):
-        grid = [[str(c) for c in self.columns]] + [[cell(row.get(c)) for c in self.columns] for row in self.rows]
+        grid = [[str(c) for c in self.columns]] + [[self._cell(row.get(c), c) for c in self.columns] for row in self.rows]
         widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
         sides = [str.rjust if self._side(c) == "right" else str.ljust for c in self.columns]
         lines = [
@@ -50,6 +52,22 @@ class Table:
         ]
         lines.insert(1, "  ".join("─" * width for width in widths))
         return "\n".join(([self.caption] if self.caption else []) + lines)
+
+    def _cell(self, value, name):
+        places = self._places(name)
+        if places is not None and isinstance(value, Real) and not isinstance(value, bool):
+            return f"{float(value):,.{places}f}"
+        return cell(value)
+
+    def _places(self, name):
+        """Decimals of a column of fractions, alike in all its rows: three digits of the smallest; None for others."""
+        values = [row[name] for row in self.rows if row.get(name) is not None]
+        if not all(isinstance(v, Real) and not isinstance(v, bool) and isfinite(v) for v in values):
+            return None
+        sizes = [abs(float(v)) for v in values if v]
+        if not sizes or all(isinstance(v, Integral) for v in values) or max(sizes) > 1e4 * min(sizes):
+            return None
+        return min(max(2 - floor(log10(min(sizes))), 0), 6)
 
     def _side(self, name):
         values = [row[name] for row in self.rows if row.get(name) is not None]

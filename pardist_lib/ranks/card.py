@@ -4,12 +4,15 @@ import html
 
 import psutil
 
+from .output import colours_of
+
 
 def card(ranks):
     """HTML: state, one chip for each rank (process id, device), the torchrun command folded away."""
     chip = "display:inline-block;padding:1px 8px;margin:2px 6px 2px 0;border-radius:9px;border:1px solid currentColor"
-    chips = "".join(
-        f'<span style="{chip}"><b>rank {r.number}</b> pid {r.pid or "…"} · {html.escape(str(r.device or "…"))}</span>'
+    chips = " · ".join(  # the dot for pages that take the style away, as GitHub's
+        f'<span style="{chip}"><b style="padding:0 4px;{colours_of(r.number)}">rank {r.number}</b> '
+        f'pid {r.pid or "…"} on {html.escape(str(r.device or "…"))}</span>'
         for r in ranks._link.ranks
         if ranks.state != "closed"
     )

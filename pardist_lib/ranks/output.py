@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from html import escape
 
 from .report import plural, spoken
 
@@ -10,7 +11,8 @@ HEAD, TAIL = 25, 15  # lines of a rank that are shown; `Ranks.output` has them a
 KEEP = 16 << 20  # bytes of a rank that are kept; where there were twice as many, the middle is dropped
 
 _moves = re.compile(r"\x1b\[[0-9;?]*[A-HJKSTfhl]")  # cursor movements (progress bars); colours stay
-_COLOURS = [34, 31, 36, 33, 32, 91, 35, 90]  # ANSI, nearest to the ranks' colours in pictures; the theme decides
+COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#F0E442", "#009E73", "#E69F00", "#CC79A7", "#000000")  # as in pictures
+SEVERAL = "#deded8"  # of what more than one rank says
 
 
 class Printed:
@@ -57,8 +59,32 @@ def folded(outputs):
     return blocks
 
 
-def rendered(outputs, note="", colour=True):
+def rendered(outputs, note=""):
     """The folded blocks as text: who is speaking on the left, long blocks cut in the middle."""
+    return "\n".join([f"{label} │ {line}" for label, _, line in _rows(outputs)] + ([note] if note else []))
+
+
+def rendered_html(outputs, note=""):
+    """The same as HTML, each rank in its colour; None where a rank has printed colours of its own."""
+    rows = _rows(outputs)
+    if any("\x1b" in line for *_, line in rows):
+        return None
+    lines = []
+    for label, who, line in rows:
+        style = colours_of(who[0]) if len(who) == 1 else f"background:{SEVERAL};color:#000"
+        lines.append(f'<span style="{style}"> {label} </span> {escape(line, quote=False)}')
+    lines += [escape(note)] if note else []
+    return '<pre style="margin:0;line-height:1.3;white-space:pre-wrap">{}</pre>'.format("\n".join(lines))
+
+
+def colours_of(rank):
+    """CSS of a rank's label: its colour in pictures, and what can be read on it (4.5 : 1 or more)."""
+    back = COLOURS[rank % len(COLOURS)]
+    return f"background:{back};color:{'#fff' if back in ('#0072B2', '#000000') else '#000'}"
+
+
+def _rows(outputs):
+    """[(label, ranks, line), …]: the label on each block's first line, spaces on the others."""
     blocks = folded(outputs)
     width = max((len(plural(who)) for who, _ in blocks), default=0)
     rows = []
@@ -70,10 +96,9 @@ def rendered(outputs, note="", colour=True):
         label = plural(who).ljust(width)
         for line in lines:
             line = line if len(line) <= 400 else f"{line[:300]} … {len(line) - 350:,} more characters … {line[-50:]}"
-            rows.append((label, who[0], line))
+            rows.append((label, who, line))
             label = " " * width
-    paint = (lambda s, rank: f"\x1b[{_COLOURS[rank % 8]}m{s}\x1b[0m") if colour else (lambda s, rank: s)
-    return "\n".join([paint(f"{label} │", rank) + f" {line}" for label, rank, line in rows] + ([note] if note else []))
+    return rows
 
 
 class Live:
@@ -91,27 +116,30 @@ class Live:
         if self.quiet or not self.live or time.monotonic() - self.shown < 0.15:
             return
         began = time.monotonic()
-        if text := rendered({r.number: _recent(r.printed) for r in ranks}, _bar(ranks)):
-            self._show(text)
+        outputs, bar = {r.number: _recent(r.printed) for r in ranks}, _bar(ranks)
+        if text := rendered(outputs, bar):
+            self._show(text, rendered_html(outputs, bar))
         self.shown = time.monotonic() + 5 * (time.monotonic() - began)  # a slow page is updated less often
 
     def finish(self, ranks):
         if self.quiet:
             return
-        text = rendered({r.number: r.printed.lines() for r in ranks}, colour=in_notebook())
+        outputs = {r.number: r.printed.lines() for r in ranks}
+        text = rendered(outputs)
         if in_notebook():
             if text or self.handle:
-                self._show(text)
+                self._show(text, rendered_html(outputs))
         elif text:
             print(text, flush=True)
 
-    def _show(self, text):
+    def _show(self, text, html):
         from IPython.display import display
 
+        data = {"text/plain": text} | ({"text/html": html} if html else {})
         if self.handle is None:
-            self.handle = display({"text/plain": text}, raw=True, display_id=True)
+            self.handle = display(data, raw=True, display_id=True)
         else:
-            self.handle.update({"text/plain": text}, raw=True)
+            self.handle.update(data, raw=True)
 
 
 def _bar(ranks):

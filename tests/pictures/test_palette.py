@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pardist_lib.pictures import palette
+from pardist_lib.ranks import output
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0, on linear RGB.
 SIGHT = {
@@ -70,3 +71,10 @@ def test_a_kind_looks_the_same_in_every_picture():
     other = palette.kind_styles(["parameters", "activations", "gradients", "optimizer"])
     assert one["gradients"] == other["gradients"] and one["optimizer state"] == other["optimizer"]
     assert len({*one.values(), *other.values()}) == 5
+
+
+def test_a_rank_has_its_colour_in_text_too():
+    assert output.COLOURS == palette.RANKS
+    for rank, colour in enumerate(palette.RANKS):
+        ink = output.colours_of(rank).rpartition("color:")[2]
+        assert palette.contrast(ink.replace("fff", "ffffff").replace("000", "000000")[:7], colour) >= 4.5

@@ -8,10 +8,10 @@ def test_text_and_html_have_every_value():
     assert repr(table) == "\n".join(
         [
             "traffic",
-            "rank      bytes      ms  note",
-            "────  ─────────  ──────  ──────",
-            "   0  1,572,864  0.1235",
-            "   1                     <late>",
+            "rank      bytes     ms  note",
+            "────  ─────────  ─────  ──────",
+            "   0  1,572,864  0.123",
+            "   1                    <late>",
         ]
     )
     html = table._repr_html_()
@@ -32,3 +32,9 @@ def test_rows_must_be_dicts():
 
 def test_an_empty_table_shows_itself():
     assert "<table>" in Table([])._repr_html_() and repr(Table([], "nothing")).startswith("nothing")
+
+
+def test_fractions_of_a_column_have_the_same_decimals():
+    assert repr(Table([{"ms": 0.5613}, {"ms": 12.3}, {"ms": 5}])).split() == ["ms", "──────", "0.561", "12.300", "5.000"]
+    assert repr(Table([{"s": 1e-9}, {"s": 12.3}])).split() == ["s", "─────", "1e-09", "12.3"]  # too far apart
+    assert repr(Table([{"n": 1}, {"n": 2000}])).split() == ["n", "─────", "1", "2,000"]

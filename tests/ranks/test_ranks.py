@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from pardist_lib import RankError, RankHang, Ranks, progress, torchrun
 from pardist_lib.ranks import ledger, newest
-from pardist_lib.ranks.output import HEAD, TAIL, Printed, folded, rendered
+from pardist_lib.ranks.output import HEAD, TAIL, Printed, folded, rendered, rendered_html
 from pardist_lib.ranks.program import _failure, _Process
 from pardist_lib.ranks.report import plural
 
@@ -336,12 +336,19 @@ def test_folding():
     assert folded({0: [], 1: ["x"]}) == [([1], ["x"])]
     assert folded({}) == []
     long = [str(i) for i in range(1000)]
-    text = rendered({0: long}, colour=False)
+    text = rendered({0: long})
     assert f"{1000 - HEAD - TAIL} more lines, all of them in ranks.output[0]" in text and text.endswith("999")
-    assert len(rendered({0: ["x" * 10_000]}, colour=False)) < 600
-    apart = rendered({rank: [f"{rank}: {i}" for i in range(3000)] for rank in range(4)}, colour=False)
+    assert len(rendered({0: ["x" * 10_000]})) < 600
+    apart = rendered({rank: [f"{rank}: {i}" for i in range(3000)] for rank in range(4)})
     assert len(apart.splitlines()) == 4 * (HEAD + TAIL + 1)
     assert apart.count(f"{3000 - HEAD - TAIL:,} more lines, all of them in ranks.output") == 4
+
+
+def test_a_page_shows_each_rank_in_its_colour():
+    page = rendered_html({0: ["a<b"], 1: ["c"], 2: ["c"]}, "a note")
+    assert "background:#0072B2;color:#fff\"> rank 0     </span> a&lt;b" in page and page.endswith("a note</pre>")
+    assert "background:#deded8" in page  # ranks 1 and 2 say the same
+    assert rendered_html({0: ["\x1b[31mred\x1b[0m"]}) is None
 
 
 def test_progress_bars_leave_their_last_state():

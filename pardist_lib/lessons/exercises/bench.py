@@ -76,7 +76,7 @@ class Bench:
 
     def _said(self):
         spoke = {r: text.splitlines() for r, text in enumerate(self.ranks.output) if text.strip()}
-        lines = rendered(spoke, colour=False).splitlines() if spoke else []
+        lines = rendered(spoke).splitlines() if spoke else []
         cut = [f"… {len(lines) - 20} lines …"] if len(lines) > 20 else []
         return "\n".join(line[:200] for line in [*lines[:10], *cut, *lines[10:][-10:]])
 
