@@ -9,6 +9,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import os
 import pkgutil
 import re
 import traceback
@@ -128,9 +129,13 @@ def hint(name=None):
 
 
 def solution(name=None):
-    """One solution of an exercise, as readable code; without a name, which exercises this lesson has."""
+    """One solution of an exercise, as readable code; without a name, which exercises this lesson has.
+
+    A teacher can lock them: PARDIST_SOLUTIONS=locked."""
     if unknown := _unknown(name):
         return Words(unknown)
+    if os.environ.get("PARDIST_SOLUTIONS") == "locked":
+        return Words(f"Solutions are locked here (PARDIST_SOLUTIONS=locked). hint({name!r}) still helps.")
     return Words(f"One way to write {name}:", inspect.getsource(reference(name)).rstrip())
 
 
