@@ -235,8 +235,8 @@ def text_width(text, size, bold=False):
     return TextToPath().get_text_width_height_descent(text, font, ismath=False)[0] / 72
 
 
-def fit(text, width, size, smallest=6.5, bold=False):
-    """(text, size) that fits in `width` inches: smaller type first, then an ellipsis."""
+def fit(text, width, size, smallest=7.2, bold=False):
+    """(text, size) that fits in `width` inches: smaller type first (down to 10 px as shown), then an ellipsis."""
     wide = text_width(text, size, bold)
     if wide <= width:
         return text, size

@@ -8,8 +8,8 @@ from numbers import Integral, Real
 class Table:
     """Rows of data with named columns.
 
-    rows: list of dicts; columns in order of first appearance, a missing key is an empty cell. Fractions of a column have
-    the same number of decimals.
+    rows: list of dicts; columns in order of first appearance, a missing key is an empty cell.
+    The fractions of a column have the same number of decimals.
     caption: one line above the table.  Raises ValueError where a row is no dict.
     """
 
@@ -33,17 +33,18 @@ class Table:
         head = "".join(
             f'<th scope="col" style="text-align:{self._side(c)}">{escape(str(c))}</th>' for c in self.columns
         )
+        sides = [f'style="text-align:{self._side(c)}"' for c in self.columns]
         body = "".join(
             "<tr>"
-            + "".join(f'<td style="text-align:{self._side(c)}">{escape(self._cell(row.get(c), c))}</td>' for c in self.columns)
+            + "".join(f"<td {sides[c]}>{escape(text)}</td>" for c, text in zip(self.columns, row, strict=True))
             + "</tr>"
-            for row in self.rows
+            for row in self._texts()
         )
         caption = f'<caption style="text-align:left">{escape(self.caption)}</caption>' if self.caption else ""
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def __repr__(self):
-        grid = [[str(c) for c in self.columns]] + [[self._cell(row.get(c), c) for c in self.columns] for row in self.rows]
+        grid = [[str(c) for c in self.columns], *self._texts()]
         widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
         sides = [str.rjust if self._side(c) == "right" else str.ljust for c in self.columns]
         lines = [
@@ -53,11 +54,9 @@ class Table:
         lines.insert(1, "  ".join("─" * width for width in widths))
         return "\n".join(([self.caption] if self.caption else []) + lines)
 
-    def _cell(self, value, name):
-        places = self._places(name)
-        if places is not None and isinstance(value, Real) and not isinstance(value, bool):
-            return f"{float(value):,.{places}f}"
-        return cell(value)
+    def _texts(self):
+        places = {c: self._places(c) for c in self.columns}
+        return [[cell(row.get(c), places[c]) for c in self.columns] for row in self.rows]
 
     def _places(self, name):
         """Decimals of a column of fractions, alike in all its rows: three digits of the smallest; None for others."""
@@ -74,12 +73,14 @@ class Table:
         return "right" if values and all(isinstance(v, Real) and not isinstance(v, bool) for v in values) else "left"
 
 
-def cell(value):
-    """One value as text: whole numbers with thousands, other numbers to four significant digits."""
+def cell(value, places=None):
+    """One value as text: whole numbers with thousands, other numbers with `places` decimals, or to four digits."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if places is not None and isinstance(value, Real):
+        return f"{float(value):,.{places}f}"
     if isinstance(value, Integral):
         return f"{int(value):,}"
     return f"{float(value):.4g}" if isinstance(value, Real) else str(value)

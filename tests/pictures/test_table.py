@@ -35,6 +35,6 @@ def test_an_empty_table_shows_itself():
 
 
 def test_fractions_of_a_column_have_the_same_decimals():
-    assert repr(Table([{"ms": 0.5613}, {"ms": 12.3}, {"ms": 5}])).split() == ["ms", "──────", "0.561", "12.300", "5.000"]
+    assert repr(Table([{"s": 0.5613}, {"s": 12.3}, {"s": 5}])).split() == ["s", "──────", "0.561", "12.300", "5.000"]
     assert repr(Table([{"s": 1e-9}, {"s": 12.3}])).split() == ["s", "─────", "1e-09", "12.3"]  # too far apart
     assert repr(Table([{"n": 1}, {"n": 2000}])).split() == ["n", "─────", "1", "2,000"]

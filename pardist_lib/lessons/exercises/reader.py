@@ -206,6 +206,12 @@ def _unknown(name):
     return f"there is no exercise {str(name)[:60]!r} in any lesson's EXERCISES: {advice}"
 
 
+def _expected(name):
+    """How long an exercise takes, and how hard it is."""
+    exercise = exercise_of(name)
+    return f"About {exercise.minutes} minutes, {exercise.level}. hint({name!r}) helps." if exercise.minutes else ""
+
+
 def _blank():
     raise NotImplementedError
 
@@ -232,7 +238,7 @@ def _not_an_answer(name, answer):
         saved = answers.status(name)
         file = answers.spoken(answers.file_of(name))
         note = f"Your answer in {file} ({saved}): check({name!r}) looks at it again."
-        return Verdict(name, "not tried yet", note=note if saved != "not tried yet" else "")
+        return Verdict(name, "not tried yet", note=note if saved != "not tried yet" else _expected(name))
     if inspect.isgeneratorfunction(answer) or inspect.iscoroutinefunction(answer):
         why = "calling it runs nothing: a function with yield, or async def, only makes an object"
         return Verdict(name, "failed", why)
@@ -255,7 +261,7 @@ def _judged(name, answer):
     try:
         bench = Bench(answer)
         exercise_of(name).check(bench)
-        return Verdict(name, "passed")
+        return Verdict(name, "passed", exercise_of(name).why)
     except Blocked as error:
         return Verdict(name, "blocked", str(error))
     except Wrong as wrong:
