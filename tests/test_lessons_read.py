@@ -1,4 +1,4 @@
-"""What a reader has before them: the length of the straight path, the width of code, verdicts that say what equals what.
+"""What a reader has before them: length of the straight path, width of code, verdicts that say what equals what.
 
 The straight path of a lesson is what is not an exercise (from "## Your turn" to the next "## "), nor behind a fold: a
 `<details>`, or a section "### More: …", which is collapsed when the notebook is opened.
