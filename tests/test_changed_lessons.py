@@ -65,11 +65,11 @@ def _move_all():
             if len(seen | {page.value}) < 2:
                 problems.append(f"{control.description}: the picture stays the same")
         for inner in [w for w in getattr(box, "children", ()) if isinstance(w, ipywidgets.HBox)]:
-            slider = next(w for w in inner.children if isinstance(w, ipywidgets.IntSlider))
-            before = slider.value
+            slider = next(w for w in inner.children if isinstance(w, ipywidgets.SelectionSlider))
+            before = slider.index
             inner.children[-1].click()
             moved += 1
-            if slider.value == before and slider.max > slider.min:
+            if slider.index == before and len(slider.options) > 1:
                 problems.append("the stepper's button does not step")
             pages = [p.value for p in box.children[-1].children]
             if not all("<img" in p for p in pages):
