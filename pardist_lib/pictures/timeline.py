@@ -18,19 +18,24 @@ COMPUTATION = palette.NEUTRAL, ""  # grey: no rank's colour
 LEVELS = 3  # communication that overlaps on one rank is stacked this deep
 
 
-def timeline(trace, *, title="timeline", times=False):
+def timeline(trace, *, title="timeline", times=False, until=None):
     """One lane per rank on an axis in milliseconds: computation plain, communication hatched, by operation and bytes.
 
     trace: a Trace, or its list of events (objects or dicts with rank, kind "compute" | "communication", name, start
     and end in seconds, and optionally bytes and peer).  Sends and receives are joined by arrows where they are few.
     times: put times into the alt text as well; they differ from run to run, so normally only the table has them.
+    until: where the axis ends, in seconds after the first event; None: with the last event. Give the same to pictures
+    that are compared, or each is stretched to the same width.
     A rank's compute and communication time is the time during which at least one such event was under way.
-    Raises ValueError for no events, an unknown kind, or an end before its start.
+    Raises ValueError for no events, an unknown kind, an end before its start, or `until` before the last end.
     """
     events = _events(trace)
     world = max(getattr(trace, "world_size", 0), 1 + max(e.rank for e in events))
     zero, end = min(e.start for e in events), max(e.end for e in events)
-    scale = (WIDTH - LEFT - RIGHT) / ((end - zero) or 1e-6)
+    long = end - zero if until is None else until
+    if long < end - zero:
+        raise ValueError(f"timeline: until is {until:g} s, but there are events up to {end - zero:g} s")
+    scale = (WIDTH - LEFT - RIGHT) / (long or 1e-6)
     lanes = defaultdict(list)
     for event in sorted(events, key=lambda e: (e.start, -e.end)):
         lanes[event.rank, event.kind].append(event)
@@ -42,7 +47,7 @@ def timeline(trace, *, title="timeline", times=False):
         heading(axes, title)
         styles = palette.kind_styles(_names(events))
         _legend(axes, styles, any(e.kind == "compute" for e in events))
-        _milliseconds(axes, (end - zero) * 1e3, TOP + world * (COMPUTE + COMMUNICATE + GAP))
+        _milliseconds(axes, long * 1e3, TOP + world * (COMPUTE + COMMUNICATE + GAP))
         for rank in range(world):
             y = TOP + rank * (COMPUTE + COMMUNICATE + GAP)
             chip(axes, 0.47, y + (COMPUTE + COMMUNICATE) / 2, rank)

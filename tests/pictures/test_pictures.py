@@ -266,6 +266,15 @@ def test_timeline_words_have_no_times_unless_asked():
     assert "10 ms long" in pictures.timeline(step_events(), times=True).alt
 
 
+def test_timelines_that_are_compared_end_at_the_same_time():
+    events = step_events()  # 10 ms
+    pngs = [pictures.timeline(events, title="", until=u).png for u in (None, 0.01, 0.02)]
+    drawn = [np.asarray(Image.open(io.BytesIO(png)).convert("L")) for png in pngs]
+    assert (drawn[0] == drawn[1]).all()
+    white = [d[110:-110, d.shape[1] // 2 + 120 :] for d in drawn]  # to the right of 10 of 20 ms
+    assert (white[1] < 230).mean() > 0.3 and (white[2] < 230).mean() < 0.05  # there: boxes, nothing but rules
+
+
 def test_timeline_takes_a_trace():
     class Trace:
         events, world_size = step_events(2), 3
@@ -350,6 +359,7 @@ WRONG = {
     "computed needs one value": lambda: pictures.bars({"a": [1, 2]}, [1, 2, 3]),
     "no events": lambda: pictures.timeline([]),
     "start ≤ end": lambda: pictures.timeline([event(0, "compute", "a", 2, 1)]),
+    "until is 0.5 s, but": lambda: pictures.timeline([event(0, "compute", "a", 0, 1)], until=0.5),
     "kind 'compute' or": lambda: pictures.timeline([event(0, "sleep", "a", 1, 2)]),
     "listed twice": lambda: pictures.process_tree(processes() * 2),
     "ancestors": lambda: pictures.process_tree(
