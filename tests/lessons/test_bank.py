@@ -51,3 +51,10 @@ def test_other_ways_pass_too(name, answer):
 def test_each_exercise_has_hints_and_a_bank_of_mistakes(name):
     assert 2 <= len(exercises.exercise_of(name).hints) <= 4
     assert sum(exercise == name for exercise, *_ in planted.MISTAKES) >= 4
+
+
+@pytest.mark.parametrize("name", exercises.exercises())
+def test_each_exercise_says_how_long_how_hard_and_why(name):
+    exercise = exercises.exercise_of(name)
+    assert 1 <= exercise.minutes <= 60 and exercise.level in ("easy", "medium", "hard")
+    assert 40 < len(exercise.why) < 400 and exercise.why.endswith((".", "!"))
