@@ -33,7 +33,7 @@ class Table:
         head = "".join(
             f'<th scope="col" style="text-align:{self._side(c)}">{escape(str(c))}</th>' for c in self.columns
         )
-        sides = [f'style="text-align:{self._side(c)}"' for c in self.columns]
+        sides = {c: f'style="text-align:{self._side(c)}"' for c in self.columns}
         body = "".join(
             "<tr>"
             + "".join(f"<td {sides[c]}>{escape(text)}</td>" for c, text in zip(self.columns, row, strict=True))
