@@ -37,4 +37,8 @@ def _equals_whole_batch(run):
             same([one.kept["after"][name] for one in seen], expected, f"the gradient of {name}", "4 ranks")
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "The mean of equal shards' gradients is the gradient of the whole batch. DDP sends the same bytes, but packs "
+    "gradients into buckets and starts on one while backward still works on the next (lesson 6)."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=WHY)

@@ -34,4 +34,9 @@ def check(run):
         judge_average(seen, groups_of(in_pairs), about, flags=True)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "All ranks make the same calls, because they first agreed on what was used. DDP does it so with "
+    "find_unused_parameters=True; without that it waits for the missing gradient, and reports it in the next "
+    "step."
+)
+exercise = Exercise(hints, check, minutes=25, level="hard", why=WHY)

@@ -83,4 +83,9 @@ def _written(rows):
     return f"{rows.start}:{rows.stop}" + (f":{rows.step}" if rows.step != 1 else "") if len(rows) else "none"
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Every row has one owner, and shares differ by one row at most, so that no rank waits long for another. "
+    "torch's DistributedSampler makes them equal instead: it repeats some rows, or leaves some out, and deals the "
+    "rest in turn."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=WHY)
