@@ -112,4 +112,9 @@ def _judge_widths(got, out, right, about):
             raise Wrong(f"{why}; torch.tensor_split is the rule", about, f"widths {right}", f"widths {widths}")
 
 
-exercise = Exercise(hints, check)
+why = (
+    "An output feature needs the whole input and nothing of the other features: so a rank with some rows of "
+    "the weight works alone. Megatron's ColumnParallelLinear keeps only its own rows from the start, where "
+    "you cut them out of the whole weight."
+)
+exercise = Exercise(hints, check, minutes=8, level="easy", why=why)

@@ -76,4 +76,9 @@ def _judge(members, mine, seen, beside, about):
     as_many_bytes(members, [one.kept["back"] for one in mine], "the gradient", total.nbytes, about)
 
 
-exercise = Exercise(hints, check)
+why = (
+    "All ranks have used the same x, so its gradient is the sum of what each found. Megatron's "
+    "copy_to_tensor_model_parallel_region is this function; its ColumnParallelLinear starts the all-reduce of "
+    "the gradient and computes the weight's gradient meanwhile."
+)
+exercise = Exercise(hints, check, minutes=12, level="medium", why=why)

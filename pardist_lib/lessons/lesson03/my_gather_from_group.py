@@ -101,4 +101,9 @@ def _judge_backward(members, mine, about):
             raise Wrong(f"the result is right, but {why}{size:,}", f"rank {rank}, {about}")
 
 
-exercise = Exercise(hints, check)
+why = (
+    "All ranks go on to the same work and come back with the same whole gradient, so each takes its slice and "
+    "adds up nothing. Megatron's gather_from_tensor_model_parallel_region does so too. torch.distributed.nn's "
+    "all_gather adds up the ranks' gradients: right where each rank has its own loss, n times too much here."
+)
+exercise = Exercise(hints, check, minutes=12, level="medium", why=why)

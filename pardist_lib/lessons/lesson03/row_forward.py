@@ -98,4 +98,9 @@ def _summand(one):
     return one.kept["given"]["x"] @ one.kept["given"]["weight"].T
 
 
-exercise = Exercise(hints, check)
+why = (
+    "Each rank's product is a summand, and everybody wants the sum, so the bias is added once, after it. "
+    "Backward must not add up again: every rank comes back with the whole gradient already. Megatron's "
+    "RowParallelLinear does the same; under sequence parallelism it reduce-scatters instead."
+)
+exercise = Exercise(hints, check, minutes=10, level="medium", why=why)
