@@ -27,7 +27,8 @@ class FlatParameter:
                    that `free` can give the memory of `unsharded` back; a copy also where the dtypes differ
     local_shards   this rank's part of each parameter, views of `shard`: what an optimizer is given
     sizes          every rank's elements
-    gradient       the flat gradient that a backward fills, None before; arrived: the parameters that it has filled.
+    gradient       the flat gradient that a backward fills, None before; arrived: the parameters that it has filled;
+                   accumulated: those that earlier backwards have filled, of which nothing has been reduced yet.
                    It is reduced in `reduce_dtype` if given, else as it is
     """
 
@@ -60,7 +61,7 @@ class FlatParameter:
             local.sizes = [b - a for a, b in zip(cuts, cuts[1:], strict=False)]  # every rank's part of p
             self.spans.append(span)
             self.local_shards.append(local)
-        self.gradient, self.arrived = None, set()
+        self.forget_gradient()
 
     # ---- memory of the flat parameter -------------------------------------------------------------------------
 
@@ -93,8 +94,17 @@ class FlatParameter:
         if self.gradient is None:
             self.gradient = self.unsharded.new_empty(len(self.unsharded))
         place = self.gradient_of(i)
-        place.add_(gradient) if i in self.arrived else place.copy_(gradient)
+        place.add_(gradient) if self.has_gradient(i) else place.copy_(gradient)
         self.arrived.add(i)
+
+    def has_gradient(self, i):
+        return i in self.arrived or i in self.accumulated
+
+    def accumulate(self):
+        """A backward is over, and nothing is reduced: the next one adds to the flat gradient, in `reduce_dtype`."""
+        if self.gradient is not None:
+            self.gradient = self.gradient.to(self.reduce_dtype)
+        self.accumulated, self.arrived = self.accumulated | self.arrived, set()
 
     def gradient_of(self, i):
         """The place of parameter i in the flat gradient, in its shape."""
@@ -104,13 +114,13 @@ class FlatParameter:
         """Start to reduce the flat gradient, zero where none has arrived; the next gradients begin another one."""
         flat = self.unsharded.new_zeros(len(self.unsharded)) if self.gradient is None else self.gradient
         for i, part in enumerate(flat.split(self.lengths)):
-            if i not in self.arrived:
+            if not self.has_gradient(i):
                 part.zero_()
         self.forget_gradient()
         return collectives.reduce_scatter(flat.to(self.reduce_dtype), self.sizes)
 
     def forget_gradient(self):
-        self.gradient, self.arrived = None, set()
+        self.gradient, self.arrived, self.accumulated = None, set(), set()
 
     def give_gradients(self, reduced, used):
         """Wait for the reduce-scatter `reduced`, and add to each local shard's gradient its part of the mean, but only

@@ -55,17 +55,19 @@ class ShardedDataParallel(Passes, StateDicts):
     NOT_ELEMENTWISE in checks.py) would compute something else. All parameters and buffers start as the group's
     first rank has them; afterwards each rank's buffers are its own. Gradients are means over the ranks, right where
     they have equally many samples (else weight each rank's loss by n·its samples / all samples); a backward adds to
-    what is there, so gradients accumulate as ever.
+    what is there, so gradients accumulate as ever; each one sends as a whole step does, unless it is in `no_sync` or
+    `no_reshard`, which trade memory for that (FSDP2's set_requires_gradient_sync and set_reshard_after_backward).
 
     Outside of forward and backward the module's attributes are local shards, flat ones: sort them into groups by name
     or by len(p.full_shape), not by p.dim(). Clip gradients with `clip_grad_norm_` below and scale losses with
     mixed_precision.LossScaler: torch's own see this rank's shards only. Code that uses a unit's parameters without
-    calling the unit has to name a larger unit. After changing shards by hand at stage 2 call `refresh`. Stage 3 has no
-    backward with create_graph.
+    calling the unit has to name a larger unit. After changing shards by hand at stage 2, or between micro-batches of
+    `no_reshard`, call `refresh`. Stage 3 has no backward with create_graph.
 
     Sends in a step, where n divides: stage 2 (n − 1)/n·S in backward and as much at the beginning of the forward that
-    follows; stage 3 (n − 1)/n·S in forward, twice that in backward; S in the dtype that travels. In the first step 4
-    bytes a parameter besides.
+    follows; stage 3 (n − 1)/n·S in forward, twice that in backward; S in the dtype that travels; m times that with m
+    micro-batches. With all but the last in no_sync one reduction, (n − 1)/n·S, and at stage 2 one gather, at stage 3
+    2m; also in no_reshard: one gather. In the first step 4 bytes a parameter besides.
 
     Raises ValueError for another stage, for a module that is wrapped already or has nothing to train, for parameters
     that differ between ranks other than in their values, for units that are not parts of the module.
@@ -159,7 +161,8 @@ class ShardedDataParallel(Passes, StateDicts):
         if not self._in_backward:
             self._begin_backward()
         flat.take(i)
-        if not self._used.every_step and all(len(f.arrived) == len(f.parameters) for f in unit.trained):
+        complete = all(len(f.arrived) == len(f.parameters) for f in unit.trained)
+        if self._syncs and not self._used.every_step and complete:
             self._done.append(unit)
             self._sent.extend((f, f.reduce_scatter(self._collectives)) for f in unit.trained)
 
@@ -168,22 +171,29 @@ class ShardedDataParallel(Passes, StateDicts):
     def _after_backward(self):
         """Give the shards their gradients, all ranks to the same parameters; nothing else is left."""
         left = {flat for flat, _ in self._sent}
-        used = [flat in left or i in flat.arrived for flat in self._trained for i in range(len(flat.parameters))]
-        if any(used) or self._used.every_step:  # else it was torch.autograd.grad, for inputs
-            used = self._used.agree(used)
+        if not self._syncs:
             for flat in self._trained:
-                if any(used[flat]) and (flat not in left or flat.arrived):
-                    self._sent.append((flat, flat.reduce_scatter(self._collectives)))
-            for flat, sent in self._sent:
-                flat.give_gradients(sent, used[flat])
-            self._stale = self.stage == 2
-        self._end_backward()
+                flat.accumulate()
+        elif left or any(flat.arrived for flat in self._trained) or self._used.every_step:
+            self._reduce_rest(left)
+        self._end_backward()  # also of torch.autograd.grad, for inputs
+
+    def _reduce_rest(self, left):
+        """What has not left yet; then wait for all."""
+        used = [flat in left or flat.has_gradient(i) for flat in self._trained for i in range(len(flat.parameters))]
+        used = self._used.agree(used)
+        for flat in self._trained:
+            if any(used[flat]) and (flat not in left or flat.arrived):
+                self._sent.append((flat, flat.reduce_scatter(self._collectives)))
+        for flat, sent in self._sent:
+            flat.give_gradients(sent, used[flat])
+        self._stale = self.stage == 2
 
     # ---- what a training loop calls ---------------------------------------------------------------------------
 
     def refresh(self):
-        """Stage 2: the next forward gathers the parameters, whose shards were changed by hand. On every rank."""
-        self._stale = self.stage == 2
+        """The next forward gathers the parameters, whose shards were changed by hand. On every rank."""
+        self._stale, self._versions = self.stage == 2, None
 
     def clip_grad_norm_(self, max_norm, norm_type=2.0):
         """As torch.nn.utils.clip_grad_norm_ of the whole gradient; returns its norm, the same on every rank."""

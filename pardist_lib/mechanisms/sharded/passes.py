@@ -1,6 +1,8 @@
 """Where a forward and a backward of a sharded module begin and end: also those that fail in the middle, that
 checkpointing runs once more, that call a unit within itself, or a unit without the whole module."""
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.autograd import Variable
@@ -23,6 +25,35 @@ class Passes(nn.Module):
         self._calling, self._called = [], []  # in this forward: those at work, outermost first; all that were called
         self._sent, self._done = [], []  # in this backward: gradients under way; units that have all theirs
         self._in_backward = False
+        self._syncs, self._reshards = True, True  # but in no_sync, in no_reshard
+        self._versions = None  # of the shards, when a forward began in no_reshard
+
+    @contextmanager
+    def no_sync(self):
+        """Backwards in here add to a whole gradient on this rank, 4Ψ bytes (in `reduce_dtype`), and reduce nothing: the
+        first one after it reduces the sum. On every rank alike. A backward that fails takes the sum with it.
+
+            for x in micro_batches[:-1]:
+                with model.no_sync(), model.no_reshard():
+                    loss(model(x)).backward()
+            loss(model(micro_batches[-1])).backward()    # reduces, and reshards
+        """
+        self._syncs, before = False, self._syncs
+        try:
+            yield
+        finally:
+            self._syncs = before
+
+    @contextmanager
+    def no_reshard(self):
+        """What forwards in here gather stays gathered, at stage 3 4Ψ bytes, until the first backward after it: no
+        micro-batch in between gathers. Gathered anew where an optimizer has changed the shards since. On every rank
+        alike."""
+        self._reshards, before = False, self._reshards
+        try:
+            yield
+        finally:
+            self._reshards = before
 
     def forward(self, *args, **kwargs):
         try:
@@ -55,9 +86,29 @@ class Passes(nn.Module):
         for unit in self._units:
             for flat in unit.flat_parameters:
                 check_local_shards(flat)
+        current = self._hold()
         for unit in self._units:
             unit.show(RESHARDED)
-        self._gather_changed()
+        if not current:
+            self._gather_changed()
+
+    def _hold(self):
+        """Begin to hold what is gathered, in no_reshard, or hold on after it, for a backward to come. Returns whether
+        all of it is gathered, and as the shards are now."""
+        versions = [flat.shard._version for unit in self._units for flat in unit.flat_parameters]
+        current = all(unit.held for unit in self._units) and versions == self._versions
+        holds = not self._reshards or current and torch.is_grad_enabled()
+        if not (current and holds):
+            self._let_go()
+        for unit in self._units:
+            unit.held = holds
+        self._versions = versions
+        return current
+
+    def _let_go(self):
+        for unit in self._units:
+            unit.held = False
+            unit.reshard()
 
     def _end_forward(self):
         self._order, self._called = self._called, []
@@ -70,6 +121,8 @@ class Passes(nn.Module):
             check_no_second_backward()
         if not self._in_backward:
             self._in_backward = True
+            for unit in self._units if self._reshards else ():
+                unit.held = False  # freed when its backward is over
             Variable._execution_engine.queue_callback(self._after_backward)
 
     def _end_backward(self):

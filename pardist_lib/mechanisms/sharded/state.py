@@ -37,6 +37,7 @@ class StateDicts:
         rank has to call it. Sends (n − 1)/n·S, at stage 2 only where the parameters have changed since they were
         gathered, or are gathered in another dtype."""
         self._reset()
+        self._let_go()  # of what no_reshard has kept, and an optimizer may have changed
         whole = {}
         for unit in self._units:
             cast = any(flat.is_cast for flat in unit.flat_parameters)

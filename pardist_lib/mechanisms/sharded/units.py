@@ -31,6 +31,7 @@ class Unit:
         self.gathered, self.coming = True, []  # coming: the all-gathers under way
         self.reshards = reshards
         self.awaited = False  # its backward is still to come
+        self.held = False  # as long as no_reshard says: neither freed nor gathered again
         self.kept = False  # memory that something unknown uses: not freed until backward is over
 
     def gather(self):
@@ -58,7 +59,7 @@ class Unit:
 
     def reshard(self):
         """After it has computed: give the memory of the whole parameters back (stage 3)."""
-        if self.frees:
+        if self.frees and not self.held:
             self.wait()
             self.gathered = False
             for flat in self.flat_parameters if not self.kept else ():
