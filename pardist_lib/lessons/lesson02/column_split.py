@@ -86,4 +86,8 @@ def _judge_traffic(seen, a, bytes_of_c, about):
             raise Wrong(f"A is right, but {why}", where, f"{a.nbytes} bytes", f"{sum(received)} bytes")
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "A column of A needs only its column of C; side by side they are A. Megatron-LM's ColumnParallelLinear "
+    "gathers only when asked (gather_output): the next layer takes the columns as they are (lesson 3)."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=WHY)

@@ -116,4 +116,8 @@ def _judge_shape(results, expected, heights, halo, about):
     raise Wrong(why, f"rank {rank}, {about}", f"shape {tuple(wanted[rank])}", f"shape {tuple(given[rank])}")
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Each rank sends only the rows that its neighbours' filters reach. Stencil codes on MPI do the same and "
+    "compute the inner rows meanwhile; DTensor sends halos too, along the last dimension of the images only."
+)
+exercise = Exercise(hints, check, minutes=25, level="medium", why=WHY)

@@ -86,4 +86,9 @@ def _judge_traffic(seen, a, about):
         raise Wrong(why, f"rank {rank}, {about}", *shown)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Each rank has one part of every sum, so the parts are added. Megatron-LM's RowParallelLinear ends in this "
+    "all-reduce, or, with sequence parallelism, in a reduce-scatter, which leaves each rank only its part of the "
+    "sum."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=WHY)

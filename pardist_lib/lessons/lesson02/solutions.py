@@ -7,8 +7,8 @@ import torch.distributed as dist
 def column_split(b: torch.Tensor, c_columns: torch.Tensor) -> torch.Tensor:
     """A = B × C, where each rank has its own columns of C. Called on every rank.
 
-    b: (m, k), all of B, the same on every rank. c_columns: (k, columns), this rank's columns of C; every rank has
-    equally many. Rank 0 has the first ones. Both stay as they are.
+    b: (m, k), all of B, the same on every rank. c_columns: (k, columns), this rank's columns of C;
+    every rank has equally many. Rank 0 has the first ones. Both stay as they are.
     Returns A, (m, n · columns) with n ranks, whole on every rank.
     Sends: one dist.all_gather of this rank's columns of A, nothing else.
     """
@@ -21,8 +21,8 @@ def column_split(b: torch.Tensor, c_columns: torch.Tensor) -> torch.Tensor:
 def inner_split(b_columns: torch.Tensor, c_rows: torch.Tensor) -> torch.Tensor:
     """A = B × C, where the inner dimension is cut. Called on every rank.
 
-    b_columns: (m, share), this rank's columns of B. c_rows: (share, w), the rows of C that belong to them. The shares
-    may differ from rank to rank; a share may be 0. Both stay as they are.
+    b_columns: (m, share), this rank's columns of B. c_rows: (share, w), the rows of C that belong
+    to them. The shares may differ from rank to rank; a share may be 0. Both stay as they are.
     Returns A, (m, w), whole on every rank.
     Sends: one dist.all_reduce of m · w numbers, nothing else.
     """
@@ -32,14 +32,15 @@ def inner_split(b_columns: torch.Tensor, c_rows: torch.Tensor) -> torch.Tensor:
 
 
 def summa_step(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, step: int, q: int) -> None:
-    """One step of SUMMA on q × q ranks: rank i·q + j stands in row i and column j. Called on every rank.
+    """One step of SUMMA on q × q ranks. Called on every rank.
 
-    a, b, c: this rank's blocks of A, B and C: (m, w), (m, k), (k, w), the same shapes on every rank. b and c stay as
-    they are. step: 0 to q - 1.
-    In place: a grows by (the block of B in this rank's row, column `step`) @ (the block of C in row `step`, this
-    rank's column).
-    Sends: dist.isend and dist.irecv (or send, recv) only: the ranks in column `step` send b to the others in their
-    row, the ranks in row `step` send c to the others in their column.
+    Rank i·q + j stands in row i and column j of the grid.
+    a, b, c: this rank's blocks of A, B and C: (m, w), (m, k), (k, w), the same shapes on every
+    rank. b and c stay as they are. step: 0 to q - 1.
+    In place: a grows by (the block of B in this rank's row, column `step`) @ (the block of C in row
+    `step`, this rank's column).
+    Sends: dist.isend and dist.irecv (or send, recv) only: the ranks in column `step` send b to the
+    others in their row, the ranks in row `step` send c to the others in their column.
     """
     i, j = divmod(dist.get_rank(), q)
     beside, below = [i * q + x for x in range(q) if x != j], [x * q + j for x in range(q) if x != i]
@@ -61,11 +62,14 @@ def summa_step(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, step: int, q: 
 def split_bytes(split: str, m: int, k: int, w: int, n: int, item: int = 4) -> float:
     """How many bytes each of n ranks sends until every rank has the whole A = B × C.
 
-    B is (m, k), C is (k, w), A is (m, w); a number has `item` bytes. All sizes can be divided as needed.
-    split: "rows" or "columns": every rank finds its part of A, and a ring all-gather brings A together.
+    B is (m, k), C is (k, w), A is (m, w); a number has `item` bytes. All sizes can be divided as
+    needed.
+    split: "rows" or "columns": every rank finds its part of A, and a ring all-gather brings A
+    together.
     "inner": every rank finds a summand of A, and a ring all-reduce adds them up.
-    "grid": SUMMA on q × q ranks, n = q · q: each rank sends its block of B to the q - 1 others in its row and its
-    block of C to the q - 1 others in its column, and a ring all-gather brings A together.
+    "grid": SUMMA on q × q ranks, n = q · q: each rank sends its block of B to the q - 1 others in
+    its row and its block of C to the q - 1 others in its column, and a ring all-gather brings A
+    together.
     """
     gather = (n - 1) / n * m * w * item
     if split == "inner":
@@ -77,12 +81,12 @@ def split_bytes(split: str, m: int, k: int, w: int, n: int, item: int = 4) -> fl
 
 
 def halo_exchange(rows: torch.Tensor, halo: int) -> torch.Tensor:
-    """This rank's rows of some images, with `halo` rows of its neighbours above and below. Called on every rank.
+    """This rank's rows of some images, and `halo` rows of each neighbour. Called on every rank.
 
-    rows: (batch, channels, height, width): rank 0 has the top rows, the last rank the bottom ones; heights may differ
-    from rank to rank, and are at least `halo`. It stays as it is. halo: 0 or more.
-    Returns (batch, channels, height + 2 · halo, width): above, the last rows of rank - 1; below, the first rows of
-    rank + 1; zeros where the image ends.
+    rows: (batch, channels, height, width): rank 0 has the top rows, the last rank the bottom ones;
+    heights may differ, and are at least `halo`. It stays as it is. halo: 0 or more.
+    Returns (batch, channels, height + 2 · halo, width): above, the last rows of rank - 1; below,
+    the first rows of rank + 1; zeros where the image ends.
     Sends: dist.isend and dist.irecv (or send, recv) only: `halo` rows to each neighbour.
     """
     rank, n = dist.get_rank(), dist.get_world_size()

@@ -81,4 +81,9 @@ def check(run):
     formula(run, right, inputs, mistakes)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "What stays whole decides: an all-gather of A, twice that for summands, or blocks that shrink with √n. NCCL "
+    "sends the same bytes when it takes rings; DTensor weighs such costs when it chooses how to redistribute its "
+    "operands."
+)
+exercise = Exercise(hints, check, minutes=20, level="medium", why=WHY)

@@ -201,4 +201,8 @@ def _judge_step(seen, parts, step, q, about):
             raise Wrong(why, f"rank {rank}, {about}", f"{fair} bytes", f"{made} bytes")
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Every rank gets the two blocks whose product belongs to its part of A, and nothing else. ScaLAPACK-like "
+    "libraries broadcast along rows and columns; Megatron-LM cuts each weight in one dimension only (lesson 3)."
+)
+exercise = Exercise(hints, check, minutes=35, level="hard", why=WHY)
