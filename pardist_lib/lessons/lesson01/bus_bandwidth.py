@@ -38,4 +38,8 @@ def check(run):
     formula(run, bus_bandwidth, inputs, mistakes)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Counted so, a number can be held against the speed of the link, whatever n is. nccl-tests does it the same "
+    "way, with another factor for each collective: (n - 1)/n for all-gather and reduce-scatter."
+)
+exercise = Exercise(hints, check, minutes=5, level="easy", why=WHY)

@@ -54,4 +54,8 @@ def _judge(seen, before, about):
             raise Wrong(f"{why}each side, 2 messages", about, f"{2 * size} bytes", f"{made} bytes")
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Both messages are under way before anybody waits, so no rank can block another. Pipelines and halos do the "
+    "same: Megatron-LM puts such calls into one batch_isend_irecv, so that NCCL starts them together."
+)
+exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

@@ -69,4 +69,9 @@ def _judge_traffic(made, size, seen, before, about):
         raise Wrong(f"the rows are right, but {why}", about, f"{fair:,} bytes from each rank", got)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Each rank sends n - 1 tensors, the least when everyone sends alike. NCCL chooses between a ring, for large "
+    "tensors, and ways with fewer steps for small ones; FSDP gathers a layer's weights by this call just before "
+    "it needs them."
+)
+exercise = Exercise(hints, check, minutes=20, level="medium", why=WHY)

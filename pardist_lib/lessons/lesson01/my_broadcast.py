@@ -45,4 +45,8 @@ def _judge(seen, before, src, about):
         raise Wrong(f"{why}are enough, each rank but src receives once", about, f"{fair} bytes", f"{made} bytes")
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Every other rank receives the tensor once, which is the least there is. Where one rank sends to all, its "
+    "link carries n - 1 tensors: gloo and MPI go down a tree, NCCL passes pieces along a chain."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=WHY)

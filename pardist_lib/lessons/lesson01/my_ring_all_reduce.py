@@ -130,4 +130,9 @@ def _judge_pieces(seen, n, tensor, about):
     raise Wrong(f"the sum is right, but {why}", f"rank 0, {about}", f"{fair} elements in each message", got)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Adding up and passing round each send (n - 1)/n of the tensor, and no way of sending needs less. NCCL runs "
+    "such rings too, in small slices and several at once, and takes trees where the 2(n - 1) latencies weigh more "
+    "than the bytes."
+)
+exercise = Exercise(hints, check, minutes=35, level="hard", why=WHY)

@@ -3,8 +3,6 @@
 import torch
 import torch.distributed as dist
 
-from pardist_lib.pictures import collective
-
 
 def frames(ranks, calls):
     """A picture for each of `calls`, {collective's name: function of (mine, received)}, run on the ranks.
@@ -14,6 +12,8 @@ def frames(ranks, calls):
     received  zeros to write into, as long as what the rank shall have; of gather, rank 0's list of tensors; None
               where the call leaves its result in `mine`, or the rank receives nothing.
     """
+    from pardist_lib.pictures import collective  # here: ranks import this file, too, and draw nothing
+
     pictures = []
     for name, call in calls.items():
         before, after = zip(*ranks.run(_around, name, call, quiet=True), strict=True)
