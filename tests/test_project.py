@@ -199,9 +199,11 @@ def test_notebooks_read_well(path):
 
 
 def test_every_lesson_begins_as_the_first_one_does():
-    """The cell that fetches the course on Colab."""
+    """The cell that fetches the course on Colab, and looks at the machine: the first lesson most closely."""
     first = [next(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code") for path in NOTEBOOKS]
-    assert "\n    %pip install " in first[0] and set(first) == {first[0]}
+    fetch, look = zip(*(source.split("from pardist_lib import doctor\n") for source in first), strict=True)
+    assert "\n    %pip install " in fetch[0] and set(fetch) == {fetch[0]}
+    assert look[0] == "doctor.look()" and set(look[1:]) == {"print(doctor.found())"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
