@@ -98,4 +98,9 @@ def _spoken(heads):
     return f"head {heads[0]}" if len(heads) == 1 else f"heads {heads[0]} to {heads[-1]}"
 
 
-exercise = Exercise(hints, check)
+why = (
+    "Heads do not look at each other, so a rank needs its queries' heads and the key-value heads that they "
+    "share. With fewer key-value heads than ranks two ranks need the same one: vLLM keeps a copy of it on "
+    "each of them."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=why)

@@ -144,4 +144,9 @@ def _judge_halves(seen, n, size, about):
             raise Wrong(why, where, f"{4 * half:,.0f} bytes", f"{sent:,.0f} bytes")
 
 
-exercise = Exercise(hints, check)
+why = (
+    "An all-reduce is a reduce-scatter and an all-gather, so what stands between the halves is split for the "
+    "same bytes. Megatron overlaps the second gathering of x, in backward, with a product; you kept the "
+    "gathered x and sent nothing for it."
+)
+exercise = Exercise(hints, check, minutes=25, level="hard", why=why)

@@ -173,4 +173,9 @@ def _same(got, expected, what, about, mistakes, dtype):
     same(got, cast(expected), what, about, [(why, cast(would)) for why, would in mistakes])
 
 
-exercise = Exercise(hints, check)
+why = (
+    "A softmax needs of the others only the greatest logit and the sum of exponentials, and the loss the "
+    "target's logit: three numbers a token. Megatron's vocab_parallel_cross_entropy sends these three, and "
+    "keeps the softmax for backward."
+)
+exercise = Exercise(hints, check, minutes=20, level="hard", why=why)

@@ -121,4 +121,9 @@ def _judge_gradient(got, tokens, table, grad, about):
     same(got, right, "the gradient of rows", about, mistakes.items())
 
 
-exercise = Exercise(hints, check)
+why = (
+    "Every word has one owner and all others add zeros, so the sum is the row itself; backward each owner has "
+    "the whole gradient already. Megatron's VocabParallelEmbedding does so, with a vocabulary padded until "
+    "the ranks divide it; under sequence parallelism it reduce-scatters."
+)
+exercise = Exercise(hints, check, minutes=12, level="medium", why=why)
