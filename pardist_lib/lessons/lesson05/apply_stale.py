@@ -104,4 +104,9 @@ def _judge_version(value, version, stale, limit, label):
         raise Wrong(why, label, str(want), str(value))
 
 
-exercise = Exercise(hints, check)
+why = (
+    "A gradient that is many versions old points where the loss fell then, so it makes a smaller step, and a "
+    "very old one none. Staleness-aware async-SGD (Zhang and others, 2016) divides the learning rate by the "
+    "staleness in this way."
+)
+exercise = Exercise(hints, check, minutes=8, level="medium", why=why)

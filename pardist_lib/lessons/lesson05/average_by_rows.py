@@ -109,4 +109,9 @@ def _judge_mean(name, members, seen, all_rows, about):
     same(got, mean, name, about, mistakes.items(), own, members, LOOSE)
 
 
-exercise = Exercise(hints, check)
+why = (
+    "Each row of the data counts the same only if a rank's parameters count as often as it has rows. "
+    "Federated averaging (McMahan and others, 2017) weights just so; DDP does not weight: its mean counts "
+    "ranks."
+)
+exercise = Exercise(hints, check, minutes=12, level="medium", why=why)

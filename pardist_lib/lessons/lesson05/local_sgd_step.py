@@ -183,4 +183,9 @@ def _do(what, ranks):
             t.copy_(value)
 
 
-exercise = Exercise(hints, check)
+why = (
+    "All start alike, so k steps apart and a mean cost 1/k of the bytes. torch's PostLocalSGDOptimizer with a "
+    "PeriodicModelAverager does this, its period counted from the first step; the optimizer's state stays "
+    "each rank's own there, too."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=why)

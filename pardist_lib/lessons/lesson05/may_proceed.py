@@ -81,4 +81,9 @@ def _judge(inputs, got):
     raise Wrong(why, _spelled(*inputs[first]), str(expected[first]), str(got[first]))
 
 
-exercise = Exercise(hints, check)
+why = (
+    "The slowest clock is what everybody may rely on: the bound says by how much one may run ahead of it. "
+    "Petuum's stale synchronous parallel servers had this rule; with a bound of 0 it is a barrier after each "
+    "step."
+)
+exercise = Exercise(hints, check, minutes=5, level="easy", why=why)

@@ -118,4 +118,9 @@ def _judge(seen, lr, server, about):
             raise Wrong(f"the result is right, but {why}", about, *shown)
 
 
-exercise = Exercise(hints, check)
+why = (
+    "The server answers nobody before all gradients are in, so its step is that of one process with all rows. "
+    "Real parameter servers (ps-lite, torch's RPC tutorials) cut the parameters over several servers, so that "
+    "no one link carries 2·N·S."
+)
+exercise = Exercise(hints, check, minutes=15, level="medium", why=why)

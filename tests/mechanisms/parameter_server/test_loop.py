@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pardist_lib import RankError
-from pardist_lib.lessons.lesson05.arrivals import arrival_order
+from pardist_lib.lessons.lesson05.arrivals import arrival_order, arrivals
 from pardist_lib.mechanisms.parameter_server import Applied, ParameterServer
 from tests.mechanisms.nets import OPTIMIZERS, STEPS, Net, gradient_of, same, state
 from tests.mechanisms.parameter_server.training import rows_of, train
@@ -59,6 +59,15 @@ def test_the_order_of_arrivals():
     assert arrival_order([1, 2.5], 3, staleness=0) == [1, 2] * 3
     assert arrival_order([1, 1], 2, workers=[0, 3]) == [0, 3, 0, 3]
     assert arrival_order([1, 2.5], 0) == []
+
+
+def test_arrivals_end_with_the_time_or_with_the_steps():
+    assert arrivals([1, 2.5], until=3) == [(1, 1), (2, 1), (2.5, 2), (3, 1)]
+    assert arrivals([1, 2.5], 2, until=3) == [(1, 1), (2, 1), (2.5, 2)]  # rank 1 is done, rank 2's second comes too late
+    assert arrivals([1, 2.5], staleness=0, until=5.5) == [(1, 1), (2.5, 2), (3.5, 1), (5.0, 2)]  # rank 1 has waited
+    assert sum(rank == 3 for _, rank in arrivals([1, 2.3, 6.1], until=20 * 6.1)) == 20  # the last one just in time
+    with pytest.raises(ValueError, match="never ends"):
+        arrivals([1, 2.5])
 
 
 def test_free_running_applies_every_push_and_bounded_staleness_holds(ranks_of):
