@@ -63,7 +63,7 @@ def test_the_order_of_arrivals():
 
 def test_arrivals_end_with_the_time_or_with_the_steps():
     assert arrivals([1, 2.5], until=3) == [(1, 1), (2, 1), (2.5, 2), (3, 1)]
-    assert arrivals([1, 2.5], 2, until=3) == [(1, 1), (2, 1), (2.5, 2)]  # rank 1 is done, rank 2's second comes too late
+    assert arrivals([1, 2.5], 2, until=3) == [(1, 1), (2, 1), (2.5, 2)]  # rank 1 is done
     assert arrivals([1, 2.5], staleness=0, until=5.5) == [(1, 1), (2.5, 2), (3.5, 1), (5.0, 2)]  # rank 1 has waited
     assert sum(rank == 3 for _, rank in arrivals([1, 2.3, 6.1], until=20 * 6.1)) == 20  # the last one just in time
     with pytest.raises(ValueError, match="never ends"):
