@@ -47,4 +47,9 @@ def check(run):
     numbers(run, inputs, [share(*given) for given in inputs], labels, MISTAKES)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "A stage works on m · v pieces and waits for p - 1. Megatron's papers divide waiting by work, (p - 1) / (v "
+    "· m), which can be above 1; its interleaved schedule makes the bubble v times smaller and the pipeline's "
+    "messages v times as many."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=WHY)

@@ -97,4 +97,9 @@ def _same(got, right):
     return type(got) is type(right) and got == right
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "What every rank holds whole is taken off first, and the share of the rest is rounded up. Megatron usually "
+    "keeps gradients of bfloat16 in float32, 18 bytes in all, and a real rank needs room besides for "
+    "activations, for gathered layers and buckets."
+)
+exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

@@ -53,4 +53,9 @@ def check(run):
     numbers(run, inputs, [crossing(*args) for args in inputs], labels, MISTAKES)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "The two cross where the latencies that the ring pays more equal the bytes that it saves; on two ranks it "
+    "saves none. NCCL chooses from a table of latency and bandwidth for each algorithm and protocol; MPI "
+    "libraries change over at sizes tuned beforehand."
+)
+exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

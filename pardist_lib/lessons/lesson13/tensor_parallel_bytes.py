@@ -63,4 +63,9 @@ def check(run):
     numbers(run, inputs, [right(*args) for args in inputs], labels, MISTAKES)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "A split layer adds up over the ranks twice forward and twice backward, on whole activations. Megatron with "
+    "sequence parallelism makes each all-reduce a reduce-scatter and an all-gather: the same bytes on a ring, "
+    "and smaller activations between them."
+)
+exercise = Exercise(hints, check, minutes=10, level="medium", why=WHY)
