@@ -72,4 +72,9 @@ def _judge(members, seen, hosted, rows, update, dtype, about):
     few_bytes(members, seen, right, dtype, about)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Rows and weighted updates are both added up over all ranks before the one division, so it does not matter "
+    "which rank hosts whom. Flower's FedAvg weights by rows too, at a server that sees every update; DDP "
+    "divides by the number of ranks, which is right only where all have equally many rows."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=WHY)

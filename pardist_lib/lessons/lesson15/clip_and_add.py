@@ -75,4 +75,9 @@ def check(run):
     same(got[-1:], expected[-1:], "", labels=labels[-1:])  # no rows at all
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "No row's part is longer than clip, whatever the row is: adding or taking away one moves the sum by clip at "
+    "most, and the noise is measured against that. Opacus gets single rows' gradients from hooks, layer by "
+    "layer; torch's clip_grad_norm_ clips the whole batch's gradient, which bounds nobody's part."
+)
+exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

@@ -78,4 +78,9 @@ def check(run):
             raise Wrong(why, labels[i], "ValueError", show(got[i]) if number else repr(got[i]))
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Whole numbers modulo 2**32 add up exactly in any order, and only so do masks cancel; and the range is "
+    "checked before the wrap, after which nobody can tell. Flower's SecAgg+ makes whole numbers of floats as "
+    "well, but cuts off silently what is outside a range that is given."
+)
+exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

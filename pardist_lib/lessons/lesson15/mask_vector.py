@@ -54,4 +54,9 @@ def check(run):
     same(got, expected, "", mistakes=[(why, [wrong(*one) for one in inputs]) for why, wrong in MISTAKES], labels=labels)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Each pair mask is added once and subtracted once, so that all of them cancel in the sum; the own mask "
+    "hides a message that comes late. With a thousand clients that is half a million masks: SecAgg+ (Bell et "
+    "al. 2020; Flower has it) lets each client agree with a few neighbours only."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=WHY)

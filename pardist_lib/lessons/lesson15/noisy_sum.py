@@ -161,4 +161,9 @@ def _part(found, of):
     return (found @ of / (of @ of)).item()
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Variances add: n shares of (sigma · clip)² / n are what the accountant was told, and no message leaves "
+    "without its share. Opacus's DistributedDPOptimizer adds all of the noise on rank 0: its sum is as private, "
+    "but the other ranks' messages go out bare."
+)
+exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

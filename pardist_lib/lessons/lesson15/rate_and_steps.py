@@ -71,4 +71,9 @@ def check(run):
             raise Wrong("the number of steps is to be an int", label, got=repr(count))
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "The accountant's theorem is about rows that take part by dice of their own, with probability batch / all "
+    "rows, on whatever rank. Opacus counts so too, and therefore puts a loader that throws such dice in the "
+    "place of the reader's shuffled one."
+)
+exercise = Exercise(hints, check, minutes=10, level="medium", why=WHY)

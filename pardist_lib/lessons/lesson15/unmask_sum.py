@@ -66,4 +66,9 @@ def check(run):
     same(got, expected, "", mistakes=[(why, [wrong(*one) for one in inputs]) for why, wrong in MISTAKES], labels=labels)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "What a silent client would have cancelled is undone for each client that stayed, with the sign that this "
+    "one had used. In earnest (Bonawitz et al. 2017) masks are not stored: the server restores seeds and keys "
+    "from shares and computes the masks anew."
+)
+exercise = Exercise(hints, check, minutes=20, level="hard", why=WHY)
