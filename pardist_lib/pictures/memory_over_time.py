@@ -10,13 +10,16 @@ LEFT, TOP, RIGHT, TALL, GAP = 1.35, 0.95, 0.2, 1.15, 0.28  # inches
 MOST = 1500  # points drawn of each rank
 
 
-def memory_over_time(memory, *, title="memory over time", unit="ms", marks=None):
+def memory_over_time(memory, *, title="memory over time", unit="ms", marks=None, most=None, until=None):
     """For each rank the bytes it held at every moment, stacked by kind, all ranks on one scale.
 
     memory: {rank: Memory} as `trace.memory` has it, or objects with times (k,), bytes (k, kinds) by rank.
     unit: "ms" where times are seconds; any other word where they count something else ("operations").
     marks: {rank: bytes}, a line across that rank's lane: what was computed.
-    The alt text says each rank's peak, which every run repeats. Raises ValueError where there is nothing to draw.
+    most: bytes where a lane's axis ends, until: seconds where time's does, both by default what is there. Give the same
+    to pictures that are compared: they then share both axes.
+    The alt text says each rank's peak, which every run repeats. Raises ValueError where there is nothing to draw, or
+    more than `most` or `until` leave room for.
     """
     if not memory or not all(len(m.times) for m in memory.values()):
         raise ValueError("memory_over_time: there is nothing: was the trace taken with memory=True?")
@@ -25,10 +28,13 @@ def memory_over_time(memory, *, title="memory over time", unit="ms", marks=None)
              "peak": int(m.bytes.sum(1).max())} for rank, m in memory.items()]  # fmt: skip
     marks, fills = dict(marks or {}), [fill for fill, _ in palette.kind_styles(kinds).values()]
     first, last = (f(m.times[at] for m in memory.values()) for f, at in ((min, 0), (max, -1)))
-    most = max([r["peak"] for r in rows] + list(marks.values())) or 1
+    there = max([r["peak"] for r in rows] + list(marks.values())) or 1
+    most, until = there if most is None else most, last - first if until is None else until
+    if most < there or until < last - first:
+        raise ValueError(f"memory_over_time: up to {there:,} bytes and {last - first:g} s are there")
     factor = 1e3 if unit == "ms" else 1
     height = TOP + len(memory) * (TALL + GAP) + 0.3
-    scale = (WIDTH - LEFT - RIGHT) / ((last - first) or 1)
+    scale = (WIDTH - LEFT - RIGHT) / (until or 1)
 
     def draw(figure):
         axes = sheet(figure)
@@ -63,7 +69,7 @@ def memory_over_time(memory, *, title="memory over time", unit="ms", marks=None)
                 y = bottom - TALL * marks[rank] / most
                 axes.plot([LEFT, WIDTH - RIGHT], [y, y], color=palette.INK, lw=1.2, ls=(0, (4, 2)))
         y = TOP + len(memory) * (TALL + GAP) - GAP + 0.16
-        for tick in _ticks((last - first) * factor):
+        for tick in _ticks(until * factor):
             axes.text(LEFT + tick / factor * scale, y, f"{tick:g}", size=8, ha="center", va="center",
                       color=palette.MUTED)  # fmt: skip
         axes.text(0.47, y, unit, size=8, ha="center", va="center", color=palette.MUTED)

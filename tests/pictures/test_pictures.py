@@ -22,6 +22,7 @@ from tests.pictures.picture_examples import (
     EXAMPLES,
     LOSS,
     event,
+    held_over_time,
     processes,
     random,
     ring_events,
@@ -275,6 +276,19 @@ def test_timelines_that_are_compared_end_at_the_same_time():
     assert (white[1] < 230).mean() > 0.3 and (white[2] < 230).mean() < 0.05  # there: boxes, nothing but rules
 
 
+def test_memories_that_are_compared_share_both_axes():
+    held = {0: held_over_time()[0]}
+    peak, long = int(held[0].bytes.sum(1).max()), held[0].times[-1]
+
+    def drawn(**ends):
+        png = pictures.memory_over_time(held, title="", **ends).png
+        return (np.asarray(Image.open(io.BytesIO(png)).convert("L"))[180:-60, 250:] < 235).mean()
+
+    alone = drawn()
+    assert drawn(most=peak, until=long) == alone
+    assert drawn(most=2 * peak) < 0.75 * alone > drawn(until=2 * long)
+
+
 def test_timeline_takes_a_trace():
     class Trace:
         events, world_size = step_events(2), 3
@@ -359,6 +373,8 @@ WRONG = {
     "computed needs one value": lambda: pictures.bars({"a": [1, 2]}, [1, 2, 3]),
     "no events": lambda: pictures.timeline([]),
     "start ≤ end": lambda: pictures.timeline([event(0, "compute", "a", 2, 1)]),
+    "are there": lambda: pictures.memory_over_time(held_over_time(), most=1),
+    "are there$": lambda: pictures.memory_over_time(held_over_time(), until=0.01),
     "until is 0.5 s, but": lambda: pictures.timeline([event(0, "compute", "a", 0, 1)], until=0.5),
     "kind 'compute' or": lambda: pictures.timeline([event(0, "sleep", "a", 1, 2)]),
     "listed twice": lambda: pictures.process_tree(processes() * 2),
