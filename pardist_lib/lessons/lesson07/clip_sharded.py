@@ -122,4 +122,9 @@ def _judge_scaling(seen, before, norm, most, about):
     same([one.kept for one in seen], right, "the gradient", about, mistakes, tolerance=close)
 
 
-exercise = Exercise(hints, check)
+why = (
+    "Squares of disjoint elements add up, so one all-reduced number gives every rank the same factor. FSDP1 has a "
+    "method of its own for it, as here; FSDP2's gradients are DTensors, for which torch's own clip_grad_norm_ is "
+    "right."
+)
+exercise = Exercise(hints, check, minutes=15, level="medium", why=why)

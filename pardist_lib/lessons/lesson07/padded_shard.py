@@ -67,4 +67,8 @@ def _why(numel, n, rank, got, expected):
     return f"with padding every shard is {length} long, and rank {rank}'s begins at {rank} · {length}"
 
 
-exercise = Exercise(hints, check)
+why = (
+    "All shards have the length of numel / n rounded up, and what is cut off at numel is padding. FSDP1 and DeepSpeed "
+    "pad so, as NCCL's all-gather wants equal parts; FSDP2 pads each parameter's rows instead."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=why)

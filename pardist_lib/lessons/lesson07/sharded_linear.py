@@ -197,4 +197,9 @@ def _judge_mean(got, own, rows, about):
     same(got, (total / n).flatten().chunk(n), "shard.grad", about, mistakes)
 
 
-exercise = Exercise(hints, check)
+why = (
+    "The weight is gathered twice and kept never, so between forward and backward there is only the shard. FSDP frees "
+    "the storage under a tensor that autograd keeps, instead of a Function for each layer: so it works for any "
+    "module."
+)
+exercise = Exercise(hints, check, minutes=35, level="hard", why=why)

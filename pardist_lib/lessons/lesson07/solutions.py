@@ -5,11 +5,12 @@ import torch.distributed as dist
 
 
 def padded_shard(numel: int, rank: int, n: int) -> tuple[int, int, int]:
-    """Which part of a flat parameter of `numel` elements is rank's, where zeros at its end make all n shards equal.
+    """Which part of a flat parameter of `numel` elements is rank's, where zeros make shards equal.
 
-    Returns (start, stop, padding): the rank holds flat[start:stop] and `padding` zeros after it. All shards have the
-    same length, as short as can be; the zeros are all at the end, so the last shards may be partly or only
-    padding. start and stop are between 0 and numel, start <= stop; a shard of zeros alone is (numel, numel, padding).
+    Returns (start, stop, padding): the rank holds flat[start:stop] and `padding` zeros after it.
+    All n shards have the same length, as short as can be; the zeros are all at the end of the flat
+    parameter, so the last shards may be partly or only padding. start and stop are between 0 and
+    numel, start <= stop; a shard of zeros alone is (numel, numel, padding).
     """
     length = -(-numel // n)  # rounded up
     start, stop = min(rank * length, numel), min((rank + 1) * length, numel)
@@ -17,12 +18,18 @@ def padded_shard(numel: int, rank: int, n: int) -> tuple[int, int, int]:
 
 
 def zero_memory(
-    parameters: int, n: int, stage: int, parameter_bytes: int = 4, gradient_bytes: int = 4, state_bytes: int = 8
+    parameters: int,
+    n: int,
+    stage: int,
+    parameter_bytes: int = 4,
+    gradient_bytes: int = 4,
+    state_bytes: int = 8,
 ) -> float:
-    """Bytes that each of n ranks holds all the time for the parameters, their gradients and the optimizer's state.
+    """Bytes that each of n ranks holds all the time: parameters, gradients and optimizer's state.
 
-    stage: 0 nothing is sharded, 1 the optimizer's state is, 2 the gradients too, 3 the parameters too.
-    parameter_bytes, gradient_bytes, state_bytes: bytes of each kind for one parameter (by default float32 and AdamW).
+    stage: 0 nothing is sharded, 1 the optimizer's state is, 2 the gradients too, 3 the parameters
+    too. parameter_bytes, gradient_bytes, state_bytes: bytes of each kind for one parameter (by
+    default float32 and AdamW).
     """
     held = parameter_bytes / (n if stage >= 3 else 1)
     held += gradient_bytes / (n if stage >= 2 else 1)
@@ -31,15 +38,22 @@ def zero_memory(
 
 
 def zero1_step(
-    parameters: torch.Tensor, gradients: torch.Tensor, momentum: torch.Tensor, lr: float, beta: float
+    parameters: torch.Tensor,
+    gradients: torch.Tensor,
+    momentum: torch.Tensor,
+    lr: float,
+    beta: float,
 ) -> None:
     """One step of SGD with momentum, whose momentum is sharded over the n ranks (ZeRO-1).
 
-    parameters: (k,), the same on every rank; n divides k. In place: afterwards the updated ones, on every rank.
+    parameters: (k,), the same on every rank; n divides k. In place: afterwards the updated ones, on
+    every rank.
     gradients: (k,), this rank's own, not changed; the mean over the ranks counts.
     momentum: (k/n,), this rank's shard, which belongs to the rank-th n-th of parameters. In place.
-    For each element: momentum becomes beta * momentum + gradient, then parameter becomes parameter - lr * momentum.
-    Sends: one reduce_scatter and one all_gather (or send, recv): 2(n - 1)/n times the bytes of parameters in all.
+    For each element: momentum becomes beta * momentum + gradient, then parameter becomes
+    parameter - lr * momentum.
+    Sends: one reduce_scatter and one all_gather (or send, recv): 2(n - 1)/n times the bytes of
+    parameters in all.
     """
     rank, n = dist.get_rank(), dist.get_world_size()
     mean = torch.empty_like(momentum)
@@ -52,12 +66,14 @@ def zero1_step(
 
 
 def sharded_linear(x: torch.Tensor, shard: torch.Tensor, out_features: int) -> torch.Tensor:
-    """x @ weight.T, where each of n ranks holds one n-th of the weight: gathered for use, and not kept (ZeRO-3).
+    """x @ weight.T, where each of n ranks holds an n-th of the weight: gathered, not kept (ZeRO-3).
 
-    x: (b, in_features), this rank's rows. shard: (out_features * in_features / n,), the rank-th n-th of the flattened
-    weight (out_features, in_features); n divides it. Returns (b, out_features).
-    Backward: x.grad as of a plain linear layer; shard.grad is this rank's part of the *mean* over the ranks of the
-    weight's gradient. The whole weight, or anything of its size, must not be kept between forward and backward.
+    x: (b, in_features), this rank's rows. Returns (b, out_features).
+    shard: (out_features * in_features / n,), the rank-th n-th of the flattened weight
+    (out_features, in_features); n divides it.
+    Backward: x.grad as of a plain linear layer; shard.grad is this rank's part of the *mean* over
+    the ranks of the weight's gradient. The whole weight, or anything of its size, must not be kept
+    between forward and backward.
     Sends: forward one all_gather; backward one all_gather and one reduce_scatter (or send, recv).
     """
     n = dist.get_world_size()
@@ -84,11 +100,12 @@ def sharded_linear(x: torch.Tensor, shard: torch.Tensor, out_features: int) -> t
 
 
 def clip_sharded(gradients: list, max_norm: float) -> torch.Tensor:
-    """Clip a gradient that is spread over the ranks to a global norm, as torch.nn.utils.clip_grad_norm_ would.
+    """Clip a gradient that is spread over the ranks to a global norm, as clip_grad_norm_ would.
 
-    gradients: this rank's tensors, any number of any shape, on some ranks perhaps none; each element is on one rank.
-    In place: where the norm of all elements on all ranks is above max_norm, every element is multiplied by
-    max_norm / norm; else nothing changes. Returns the norm before clipping, the same on every rank.
+    gradients: this rank's tensors, any number of any shape, on some ranks perhaps none; each
+    element is on one rank. In place: where the norm of all elements on all ranks is above max_norm,
+    every element is multiplied by max_norm / norm; else nothing changes. Returns the norm before
+    clipping, the same on every rank.
     Sends: one number, in an all_reduce, as float64.
     """
     total = torch.zeros((), dtype=torch.float64)

@@ -108,4 +108,9 @@ def _judge(seen, start, lr, beta, about):
     moves_at_most(seen, STEPS * before.nbytes, 2, about)
 
 
-exercise = Exercise(hints, check)
+why = (
+    "A reduce-scatter and an all-gather move what one all-reduce does, and between them each rank steps its n-th. "
+    "Megatron's distributed optimizer and DeepSpeed's stage 1 do it by buckets, and start both halves beside the "
+    "computing."
+)
+exercise = Exercise(hints, check, minutes=20, level="medium", why=why)

@@ -59,4 +59,8 @@ MISTAKES = [
     ("n-ths are rounded down here: divide with /, not with //", mistaken(n_th=lambda psi, b, n: psi * b // n)),
 ]  # fmt: skip
 
-exercise = Exercise(hints, check)
+why = (
+    "Each stage divides one kind more by n, and the rest is on every rank. A framework holds more for the moment: a "
+    "gathered layer or two, buckets on their way, and in DeepSpeed whatever its allocator keeps for them."
+)
+exercise = Exercise(hints, check, minutes=10, level="easy", why=why)
