@@ -107,14 +107,6 @@ class ShardedDataParallel(Passes, StateDicts):
 
     # ---- how it works: called by hooks ------------------------------------------------------------------------
 
-    def _gather_changed(self):
-        """Before the first unit's forward, stage 2: gather what the optimizer has changed."""
-        if self._stale:
-            for unit in self._units:
-                unit.gather()
-            # as long as shards have gradients, an optimizer may change them
-            self._stale = any(p.grad is not None for flat in self._trained for p in flat.local_shards)
-
     @eager
     def _before_forward(self, unit):
         """Gather it, and start to gather the one that comes next."""
@@ -190,10 +182,6 @@ class ShardedDataParallel(Passes, StateDicts):
         self._stale = self.stage == 2
 
     # ---- what a training loop calls ---------------------------------------------------------------------------
-
-    def refresh(self):
-        """The next forward gathers the parameters, whose shards were changed by hand. On every rank."""
-        self._stale, self._versions = self.stage == 2, None
 
     def clip_grad_norm_(self, max_norm, norm_type=2.0):
         """As torch.nn.utils.clip_grad_norm_ of the whole gradient; returns its norm, the same on every rank."""

@@ -55,6 +55,10 @@ class Passes(nn.Module):
         finally:
             self._reshards = before
 
+    def refresh(self):
+        """The next forward gathers the parameters, whose shards were changed by hand. On every rank."""
+        self._stale, self._versions = self.stage == 2, None
+
     def forward(self, *args, **kwargs):
         try:
             return self.module(*args, **kwargs)
@@ -104,6 +108,14 @@ class Passes(nn.Module):
             unit.held = holds
         self._versions = versions
         return current
+
+    def _gather_changed(self):
+        """Before the first unit's forward, stage 2: gather what the optimizer has changed."""
+        if self._stale:
+            for unit in self._units:
+                unit.gather()
+            # as long as shards have gradients, an optimizer may change them
+            self._stale = any(p.grad is not None for flat in self._trained for p in flat.local_shards)
 
     def _let_go(self):
         for unit in self._units:
