@@ -83,4 +83,8 @@ def check(run):
     judge(run, inputs, labels, ("efficiency", "serial", "speedup"), made(), MISTAKES)
 
 
-exercise = Exercise(hints, check)
+why = (
+    "One measured pair gives the serial fraction, and that bounds every n; Karp and Flatt's point is to see whether "
+    "it grows with n. Frameworks report weak scaling for this reason: Megatron's papers grow the batch with the GPUs."
+)
+exercise = Exercise(hints, check, minutes=15, level="easy", why=why)

@@ -69,4 +69,8 @@ def check(run):
     judge(run, inputs, labels, ("algorithm", "bus"), right, MISTAKES)
 
 
-exercise = Exercise(hints, check)
+why = (
+    "Bus bandwidth takes off what the algorithm must send anyhow, so one number can be held against a link's speed "
+    "for any n. nccl-tests prints both columns, algbw and busbw, with these factors."
+)
+exercise = Exercise(hints, check, minutes=15, level="medium", why=why)

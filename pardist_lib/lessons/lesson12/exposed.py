@@ -97,4 +97,8 @@ MISTAKES = [  # (diagnosis, what it would give)
 ]  # fmt: skip
 
 
-exercise = Exercise(hints, check)
+why = (
+    "The union of both less the union of compute is what nothing hides, in any order and however events overlap. "
+    "Meta's Holistic Trace Analysis takes the same difference over the streams of a GPU in torch.profiler's traces."
+)
+exercise = Exercise(hints, check, minutes=20, level="medium", why=why)

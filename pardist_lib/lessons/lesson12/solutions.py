@@ -2,14 +2,14 @@
 
 
 def bandwidths(op: str, payload: int, n: int, seconds: float) -> tuple[float, float]:
-    """Algorithm and bus bandwidth of one collective on n ranks, in bytes a second, as in nccl-tests.
+    """Algorithm and bus bandwidth of one collective on n ranks, bytes a second, as in nccl-tests.
 
     op: "all_reduce", "all_gather", "reduce_scatter", "all_to_all" or "broadcast".
     payload: bytes as a `Trace` counts them, on one rank: of an all_gather its own shard; of a
-    reduce_scatter and an all_to_all all n pieces; of an all_reduce and a broadcast the whole tensor.
-    Algorithm bandwidth is the size of the whole tensor (of an all_gather: all that is gathered in the
-    end) by the time. Bus bandwidth is algorithm bandwidth times a factor: 2(n-1)/n for an all_reduce,
-    (n-1)/n for all_gather, reduce_scatter and all_to_all, 1 for a broadcast.
+    reduce_scatter and an all_to_all all n pieces; of an all_reduce and a broadcast the whole
+    tensor. Algorithm bandwidth is the size of the whole tensor (of an all_gather: all that is
+    gathered in the end) by the time. Bus bandwidth is algorithm bandwidth times a factor: 2(n-1)/n
+    for an all_reduce, (n-1)/n for all_gather, reduce_scatter and all_to_all, 1 for a broadcast.
     """
     size = n * payload if op == "all_gather" else payload
     factor = {"all_reduce": 2 * (n - 1) / n, "broadcast": 1.0}.get(op, (n - 1) / n)
