@@ -27,7 +27,7 @@ CHANGES = [
     ("03", "torch.randn(2, 32, 10", "torch.randn(2, 30, 10"),
     ("03", "steps=40", "steps=25"),
     ("04", "windows.split(8)", "windows.split(6)"),
-    ("04", "side = 16 * ranks.n", "side = 8 * ranks.n"),
+    ("04", "(16 if", "(8 if"),
     ("05", "DigitsMLP(32", "DigitsMLP(30"),
     ("05", "lr=0.3", "lr=0.2"),
     ("06", "256 // ranks.n", "250 // ranks.n"),
