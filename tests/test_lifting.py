@@ -23,7 +23,7 @@ TAKEN = {  # room: what it needs besides the ground
     "parameter_server": ("parameter_server",),
     "private": ("private", "averaging.py"),
     "averaging": ("averaging.py",),
-    "mixed_precision": ("mixed_precision.py",),
+    "mixed_precision": ("mixed_precision",),
     "uneven": ("uneven.py",),
     "compression": ("compression.py", "data_parallel"),
 }

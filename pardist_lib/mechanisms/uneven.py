@@ -121,14 +121,11 @@ class Balancer:
     @contextmanager
     def timed(self):
         """What is inside counts as this rank's work; several add up in a step. Waiting for others belongs outside."""
-        start = self._now()
+        wait_for_device()
+        start = time.perf_counter()
         yield
-        self._seconds += self._now() - start
-
-    def _now(self):
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # its work has only been ordered so far
-        return time.perf_counter()
+        wait_for_device()
+        self._seconds += time.perf_counter() - start
 
     def finish(self, parameters, *, summed=False):
         """Average the gradients by rows, and share the next batch out by what was measured in this step."""
@@ -162,7 +159,8 @@ class Race:
 
     Chen et al. (2016) drop gradients that reach a server late. Here all ranks meet in the all-reduce as ever, so that
     they stay equal, but a late rank leaves its work unfinished: between two micro-batches it looks whether enough
-    others have finished. So these wait for one micro-batch of the slowest rank at most.
+    others have finished. So these wait for one micro-batch of the slowest rank at most. After each micro-batch a rank
+    waits for its device, where that works asynchronously.
 
     A rank that finishes takes the next number from a store that all ranks share. The first n − drop are in; of all
     others neither gradients nor rows count, so that the mean is over the rows of those who are in. What a late rank
@@ -191,6 +189,7 @@ class Race:
             if self.store.add(f"{self.steps}", 0) >= most:
                 return
             yield micro_batch
+            wait_for_device()  # or all would be ordered at once, and the fastest to order would win
         self.place = self.store.add(f"{self.steps}", 1)  # the store counts: no two ranks get the same
 
     def finish(self, parameters, rows):
@@ -207,6 +206,12 @@ class Race:
         total = sum(c for c in counted if c > 0)
         average_by_rows(parameters, max(counted[self.rank], 0), self.group, summed=True, total=total)
         return total, [r for r, c in enumerate(counted) if c < 0]
+
+
+def wait_for_device():
+    """Until a GPU has done what it was told: its work has only been ordered so far."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 # ---- refused --------------------------------------------------------------------------------------------------

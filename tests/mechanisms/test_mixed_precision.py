@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import checkpoint as checkpoints
+from torch.utils.checkpoint import checkpoint
 
 from pardist_lib.lessons.worlds import group_of, in_world
-from pardist_lib.mechanisms import mixed_precision
 from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.mechanisms.mixed_precision import (
     LossScaler,
@@ -17,6 +18,7 @@ from pardist_lib.mechanisms.mixed_precision import (
     autocast,
     average_gradients,
     check_precision,
+    checks,
 )
 from tests.mechanisms.refusals import refused
 from tests.mechanisms.sixteen_bit_nets import Net, batch, state, trained
@@ -87,6 +89,61 @@ def test_a_parameter_is_cast_once_and_not_kept():
         w.mul_(2)
     with context:  # a changed weight is cast anew
         assert torch.equal(context._cast(w, BF16), w.to(BF16)) and not torch.equal(first, w.to(BF16))
+
+
+class Checkpointed(Net):
+    """Net with parts of it checkpointed: one in the other, with a norm and a softmax, whose precision ours chooses."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.again_in_backward = partial(checkpoint, use_reentrant=reentrant)
+
+    def forward(self, x):
+        x = self.again_in_backward(lambda x: self.again_in_backward(self.within, torch.tanh(self.fc1(x))), x)
+        return self.out(self.conv(F.layer_norm(x, (16,)).softmax(1)[:, None]).flatten(1))
+
+    def within(self, x):
+        return self.again(F.layer_norm(self.fc2(x), (16,)).softmax(1)) * x
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_computes_the_same_again(dtype, reentrant):
+    found = []
+    for how in (None, reentrant):
+        model, (x, y) = Checkpointed(how), batch(0)
+        if how is None:
+            model.again_in_backward = lambda function, x: function(x)
+        with autocast(dtype):
+            loss = F.cross_entropy(model(x.requires_grad_(True)), y)
+        (loss * 256).backward()
+        found.append([loss, x.grad, *(p.grad for p in trained(model).values() if p.grad is not None)])
+    assert len(found[0]) == 11 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_as_under_torchs_autocast(reentrant):
+    found = []
+    for context in (autocast(BF16), torch.autocast("cpu", BF16)):
+        model, (x, y) = Net(), batch(0)
+        with context:
+            scores = checkpoint(model, x.requires_grad_(True), use_reentrant=reentrant)
+            loss = F.cross_entropy(scores, y)
+        loss.backward()
+        found.append([loss, x.grad, *(p.grad for p in trained(model).values() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_checkpoint_is_torchs_again_after_a_block_that_failed():
+    before = checkpoints.CheckpointFunction, checkpoints._checkpoint_without_reentrant_generator
+    with pytest.raises(RuntimeError, match="in the block"), autocast(BF16), autocast(F16):
+        raise RuntimeError("in the block")
+    assert before == (checkpoints.CheckpointFunction, checkpoints._checkpoint_without_reentrant_generator)
+    w, x = nn.Parameter(torch.ones(2, 2)), torch.ones(1, 2, requires_grad=True)
+    for reentrant in (False, True):
+        w.grad = None
+        checkpoint(lambda x: (x @ w * 1.001).sum(), x, use_reentrant=reentrant).backward()
+        assert torch.equal(w.grad, torch.full((2, 2), 1.001))  # outside of any block: float32, left alone
 
 
 # ---- training -------------------------------------------------------------------------------------------------
@@ -300,7 +357,7 @@ def test_precisions_and_devices_that_cannot(monkeypatch, ranks_of):
         if dtype == F16:
             raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'\nand more")
 
-    monkeypatch.setattr(mixed_precision, "_try", cannot)
+    monkeypatch.setattr(checks, "_try", cannot)
     for make in (lambda: autocast(F16), lambda: MasterWeights(nn.Linear(2, 2), F16)):
         with pytest.raises(ValueError, match="cpu cannot compute in torch.float16 .*'Half'.*bfloat16, which needs no"):
             make()

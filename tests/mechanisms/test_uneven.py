@@ -1,6 +1,8 @@
 """Uneven ranks: any split equals one process; shares that follow the speed; backup workers."""
 
 import math
+import queue
+import threading
 import time
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pardist_lib.lessons.worlds import group_of, in_world
+from pardist_lib.mechanisms import uneven
 from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.mechanisms.uneven import Balancer, Race, average_by_rows, shares_of
 from tests.mechanisms.refusals import refused
@@ -453,6 +456,55 @@ def test_a_race_does_not_wait_for_the_slowest(ranks_of):
         return time.perf_counter() - start
 
     assert max(ranks_of(4).run(run, quiet=True)) < 0.5
+
+
+class Device(threading.Thread):
+    """A stand-in for a GPU: it does in order what it is told, and whoever tells it goes on at once."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.orders = queue.Queue()
+        self.start()
+
+    def run(self):
+        while True:
+            time.sleep(self.orders.get())
+            self.orders.task_done()
+
+
+@pytest.mark.parametrize("late", [0, 3])
+def test_a_race_on_a_device_that_works_asynchronously(ranks_of, late):
+    """Each micro-batch is ordered in no time, and takes the late rank's device eight times as long as the others'."""
+
+    def run():
+        rank, net, race, device, seen = dist.get_rank(), Net(), Race(1), Device(), []
+        before, uneven.wait_for_device = uneven.wait_for_device, device.orders.join
+        loss_of(net, rows_of(0), summed=True).backward()
+        try:
+            for _ in range(3):
+                dist.barrier()
+                start = time.perf_counter()
+                for _ in race.run(range(5)):
+                    device.orders.put(0.16 if rank == late else 0.02)
+                device.orders.join()
+                seen.append((race.finish(net.parameters(), ROWS)[1], time.perf_counter() - start))
+        finally:
+            uneven.wait_for_device = before
+        return seen
+
+    for rank in ranks_of(4).run(run, quiet=True):
+        assert [dropped for dropped, _ in rank] == [[late]] * 3
+        assert max(seconds for _, seconds in rank) < 0.6  # the late rank's five would take 0.8
+
+
+def test_balancer_and_race_wait_for_a_gpu_only_where_one_is_in_use(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(1))
+    for there, used, want in ((False, False, []), (True, False, []), (True, True, [1])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        uneven.wait_for_device()
+        assert waited == want
 
 
 def test_bad_races_are_named(ranks_of):
