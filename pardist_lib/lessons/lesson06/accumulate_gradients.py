@@ -124,4 +124,9 @@ def _judge_way(members, mine, k, size, about):
             raise Wrong("the result is right, but `batches` was changed: others may use them too", where)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Gradients add up, so only their sum has to be averaged, once. DDP and FSDP have no_sync for it, Megatron "
+    "waits for the last micro-batch in the same way."
+)
+
+exercise = Exercise(hints, check, minutes=10, level="medium", why=WHY)

@@ -90,4 +90,9 @@ def _hooked(answer, dtype, case):
     return seen
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "The hook is called when a gradient is complete, so sums travel while backward goes on. DDP's hooks only mark"
+    " a place in a bucket as full; the bucket is what is sent."
+)
+
+exercise = Exercise(hints, check, minutes=10, level="medium", why=WHY)

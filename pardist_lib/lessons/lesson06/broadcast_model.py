@@ -114,4 +114,9 @@ def _left_out(stale, names, talked):
     return f"{', '.join(stale[:3])}{' …' * (len(stale) > 3)} still hold each rank's own values"
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "One broadcast of each tensor makes all ranks equal, and equal steps keep them so. DDP does it when it is "
+    "made, several tensors in one message, and sends buffers again before each forward."
+)
+
+exercise = Exercise(hints, check, minutes=5, level="easy", why=WHY)

@@ -108,4 +108,9 @@ def _judge_starts(members, mine, orders, about):
             raise Wrong("it waits for a bucket before the last one is here: meanwhile backward stands still", where)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Collectives meet in the order of their calls, so all ranks have to start in one order. DDP keeps it in C++, "
+    "and after the first step deals buckets out anew, as gradients really came."
+)
+
+exercise = Exercise(hints, check, minutes=20, level="hard", why=WHY)

@@ -143,4 +143,9 @@ def _judge_orders(orders, elsewhere):
             raise Wrong(why, "40 samples on 2 ranks")
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "One shuffle on all ranks, dealt out like cards: nothing twice, nothing missing. torch's DistributedSampler "
+    "repeats or drops samples, so that all ranks have as many."
+)
+
+exercise = Exercise(hints, check, minutes=10, level="easy", why=WHY)

@@ -138,4 +138,9 @@ def _judge(members, mine, size, k, dtype, case, about):
             raise Wrong(f"{why}: one for the elements and one for their places are enough", f"rank {rank}, {about}")
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "What is not sent is kept and sent later, so nothing is lost for good. Deep Gradient Compression does so with"
+    " 0.1 % and corrects momentum too; PyTorch ships PowerSGD with the same memory as a comm hook."
+)
+
+exercise = Exercise(hints, check, minutes=20, level="hard", why=WHY)

@@ -92,4 +92,9 @@ def _judge(seen, members, sizes, about):
             raise Wrong(why, f"rank {rank}, {about}", f"{size:,} bytes and up to 8 more", f"{made:,} bytes")
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Each rank counts by its rows, so the sum is the mean over all rows. DDP divides by the number of ranks: "
+    "there one multiplies the loss by n · rows / all rows. Megatron sums losses and tokens, and divides once."
+)
+
+exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

@@ -83,4 +83,9 @@ def _judge(members, seen, given, dtype, about):
     few_bytes(members, seen, here, dtype, about)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Sums and counts add up over ranks, means do not. DDP averages means, right for equal shares only; for others"
+    " its users multiply the loss by n · rows / all rows."
+)
+
+exercise = Exercise(hints, check, minutes=10, level="medium", why=WHY)

@@ -92,4 +92,9 @@ def _judge(members, seen, given, dtype, about):
     few_bytes(members, seen, mean, dtype, about)
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "A late rank sends zeros and counts no rows, so that the mean is that of the others. Chen et al. drop late "
+    "gradients at a server; synchronous DDP and FSDP always wait for everybody."
+)
+
+exercise = Exercise(hints, check, minutes=10, level="medium", why=WHY)

@@ -103,4 +103,10 @@ def _rule(falls=0.5, grows=2.0, late=0, kept=0, counted=0, restart=True, for_eve
     return rule
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Overflows show at once, a scale too low does not: fall at the first, climb in trials. torch's GradScaler "
+    "does the same on the device; Megatron waits for several overflows in a row (its hysteresis) before it "
+    "halves."
+)
+
+exercise = Exercise(hints, check, minutes=5, level="easy", why=WHY)

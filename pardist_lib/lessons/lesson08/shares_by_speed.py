@@ -107,4 +107,9 @@ def _reason(known, got):
     return next((why for why, shares in known if shares == got), "")
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "Each row goes to whoever would be done first with it, so no other split ends sooner. DDP's sampler knows "
+    "equal shares only; there is no ready-made part for speeds in PyTorch."
+)
+
+exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

@@ -157,4 +157,9 @@ def _near(a, b):
                for xs, ys in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=True))  # fmt: skip
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "The maximum over the ranks is 1 where anybody's gradient is bad, so all skip or none. FSDP's "
+    "ShardedGradScaler and Megatron's optimizer all-reduce such a flag in the same way."
+)
+
+exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

@@ -120,4 +120,9 @@ OTHER_MISTAKES = [  # (diagnosis, what becomes of the gradients)
 ]  # fmt: skip
 
 
-exercise = Exercise(hints, check)
+WHY = (
+    "max_norm is meant for the true gradient, so the scale goes first. GradScaler has unscale_ for it; where "
+    "gradients are shards, as in FSDP, the norm has to be summed over the ranks besides."
+)
+
+exercise = Exercise(hints, check, minutes=10, level="medium", why=WHY)
