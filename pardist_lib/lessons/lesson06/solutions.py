@@ -5,9 +5,11 @@ import torch.distributed as dist
 
 
 def broadcast_model(model: torch.nn.Module, group=None) -> None:
-    """Give every rank the parameters and buffers that the group's first rank has. Called before the first step.
+    """Give every rank the parameters and buffers that the group's first rank has. Called before the
+    first step.
 
-    model: the same shapes on every rank, other values. Some parameters are frozen, some modules have buffers.
+    model: the same shapes on every rank, other values. Some parameters are frozen, some modules
+    have buffers.
     group: the ranks that take part; None means all of them. Its first rank need not be rank 0.
     In place: an optimizer may have been made of these parameters already.
     Sends: dist.broadcast of each parameter and each buffer; nothing else.
@@ -17,11 +19,12 @@ def broadcast_model(model: torch.nn.Module, group=None) -> None:
 
 
 def average_in_hooks(model: torch.nn.Module, group=None) -> None:
-    """Arrange that every later backward() leaves each gradient's mean over the ranks in p.grad. Called once.
+    """Arrange that every later backward() leaves each gradient's mean over the ranks in p.grad.
+    Called once.
 
     model: the same parameters on every rank; some are frozen, some no rank uses.
-    group: the ranks that average; None means all of them.
-    Each mean is made while backward is still at work, in a hook of the parameter. The weights are not touched.
+    group: the ranks that average; None means all of them. Each mean is made while backward is still
+    at work, in a hook of the parameter. The weights are not touched.
     Sends: in each backward one dist.all_reduce of each gradient; nothing else.
     """
     n = dist.get_world_size(group)
@@ -36,13 +39,16 @@ def average_in_hooks(model: torch.nn.Module, group=None) -> None:
 
 
 def reduce_buckets(arriving, group=None) -> None:
-    """Average buckets of gradients over the ranks, the first of them while others are still being filled.
+    """Average buckets of gradients over the ranks, the first of them while others are still being
+    filled.
 
-    arriving: yields (number, bucket) when a bucket is full, each of the numbers 0, 1, 2, … once, in an order that may
-    differ from rank to rank. bucket: a flat tensor; the buckets of one number are of the same size on all ranks.
+    arriving: yields (number, bucket) when a bucket is full, each of the numbers 0, 1, 2, … once, in
+    an order that may differ from rank to rank. bucket: a flat tensor; the buckets of one number are
+    of the same size on all ranks.
     In place: when this returns, each bucket holds the mean over the ranks.
-    Sends: one dist.all_reduce(…, async_op=True) of each bucket, in the same order on every rank: number i starts as
-    soon as the numbers 0 to i are here. Nothing is waited for before the last bucket is here.
+    Sends: one dist.all_reduce(…, async_op=True) of each bucket, in the same order on every rank:
+    number i starts as soon as the numbers 0 to i are here. Nothing is waited for before the last
+    bucket is here.
     """
     full, started = {}, []
     for number, bucket in arriving:
@@ -60,7 +66,8 @@ def accumulate_gradients(model: torch.nn.Module, batches: list, loss_of, group=N
 
     model: the same parameters on every rank. p.grad may hold an old gradient: it does not count.
     batches: this rank's micro-batches (x, y), as many on every rank, each with as many rows.
-    loss_of(model, x, y): the mean loss of one micro-batch. Only one micro-batch's activations fit in memory.
+    loss_of(model, x, y): the mean loss of one micro-batch. Only one micro-batch's activations fit
+    in memory.
     group: the ranks that average; None means all of them.
     Sends: one dist.all_reduce of each gradient, when all micro-batches are done; nothing else.
     """
@@ -77,9 +84,10 @@ def sample_indices(length: int, rank: int, n: int, epoch: int, seed: int = 0) ->
     """The samples that one of n ranks sees in an epoch, in its order.
 
     length: how many samples there are, at least n. rank: 0 to n - 1.
-    Returns a list of numbers from 0 to length - 1. All ranks together see each sample exactly once, and no rank has
-    two more than another. They are shuffled: another epoch (or seed) deals them out anew, in another order; the
-    same arguments always give the same list. torch's and Python's own random numbers are left alone.
+    Returns a list of numbers from 0 to length - 1. All ranks together see each sample exactly once,
+    and no rank has two more than another. They are shuffled: another epoch (or seed) deals them out
+    anew, in another order; the same arguments always give the same list. torch's and Python's own
+    random numbers are left alone.
     """
     shuffle = torch.Generator().manual_seed(seed + epoch)  # the same on every rank
     return torch.randperm(length, generator=shuffle)[rank::n].tolist()
@@ -88,9 +96,10 @@ def sample_indices(length: int, rank: int, n: int, epoch: int, seed: int = 0) ->
 def weighted_gradients(model: torch.nn.Module, rows: int, group=None) -> None:
     """Replace every gradient by that of the mean loss over all rows of all ranks.
 
-    model: the same parameters on every rank; p.grad is that of the mean loss over this rank's own rows (None on
-    every rank, or on none). rows: how many those are; they differ from rank to rank, and may be 0 (with a gradient
-    of zeros), but not everywhere. group: the ranks that take part; None means all of them.
+    model: the same parameters on every rank; p.grad is that of the mean loss over this rank's own
+    rows (None on every rank, or on none). rows: how many those are; they differ from rank to rank,
+    and may be 0 (with a gradient of zeros), but not everywhere. group: the ranks that take part;
+    None means all of them.
     In place: afterwards `p.grad` is the same on every rank; the weights are not touched.
     Sends: one dist.all_reduce of each gradient, and one of at most 8 bytes; nothing else.
     """
@@ -102,13 +111,18 @@ def weighted_gradients(model: torch.nn.Module, rows: int, group=None) -> None:
             dist.all_reduce(p.grad, group=group)
 
 
-def top_k_step(gradient: torch.Tensor, residual: torch.Tensor, k: int, group=None) -> tuple[torch.Tensor, torch.Tensor]:
+def top_k_step(
+    gradient: torch.Tensor, residual: torch.Tensor, k: int, group=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Average the k largest elements only, and keep the others for the next step (error feedback).
 
-    gradient: (s,), this rank's. residual: (s,), what this rank did not send so far. Neither is changed.
-    What is sent: the k elements of gradient + residual that are largest in absolute value, with their places.
-    Returns (mean, rest), both (s,): mean is the sum of what all ranks sent, each element in its place, divided by the
-    number of ranks, and zero where nobody sent; rest is what this rank has still not sent.
+    gradient: (s,), this rank's. residual: (s,), what this rank did not send so far. Neither is
+    changed.
+    What is sent: the k elements of gradient + residual that are largest in absolute value, with
+    their places.
+    Returns (mean, rest), both (s,): mean is the sum of what all ranks sent, each element in its
+    place, divided by the number of ranks, and zero where nobody sent; rest is what this rank has
+    still not sent.
     Sends: dist.all_gather of k elements, and of k places of at most 8 bytes; nothing else.
     """
     n, wanted = dist.get_world_size(group), gradient + residual
