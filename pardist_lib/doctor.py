@@ -19,8 +19,8 @@ import psutil
 GOOD, NOTE, BAD = "✓", "·", "✗"
 COLOURS = {GOOD: "#009E73", NOTE: "#8a8a8a", BAD: "#D55E00"}
 PACKAGES = ("torch", "numpy", "ipywidgets", "ipykernel", "jupyterlab")
-LEAST = {"torch": (2, 10), "numpy": (2, 0), "ipywidgets": (7, 7)}
-NEWER = {(2, 13): "the exact sizes of some calls in a trace of DDP's and of pipelines"}  # torch from which → what
+LEAST = {"torch": (2, 11), "numpy": (2, 0), "ipywidgets": (7, 7)}
+NEWER = {(2, 13): "lists in gloo's all_to_all, and all sizes in traces of DDP"}  # torch from which → what
 LESSON_BYTES = 1.2e9  # what a lesson's processes hold together, at most
 
 
