@@ -25,7 +25,7 @@ def copied(name):
     return names[name]
 
 
-@pytest.mark.share(320)  # of a thousand; all with --whole
+@pytest.mark.share(180)  # of a thousand; all with --whole
 @pytest.mark.parametrize(
     "name, answer, phrase", [pytest.param(*m, id=f"{m[0]}-{m[1].__name__}") for m in planted.MISTAKES]
 )
