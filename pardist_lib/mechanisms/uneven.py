@@ -121,11 +121,13 @@ class Balancer:
     @contextmanager
     def timed(self):
         """What is inside counts as this rank's work; several add up in a step. Waiting for others belongs outside."""
-        wait_for_device()
-        start = time.perf_counter()
+        start = self._now()
         yield
+        self._seconds += self._now() - start
+
+    def _now(self):
         wait_for_device()
-        self._seconds += time.perf_counter() - start
+        return time.perf_counter()
 
     def finish(self, parameters, *, summed=False):
         """Average the gradients by rows, and share the next batch out by what was measured in this step."""
