@@ -1,6 +1,7 @@
 """`torchrun(...)`: a whole program under torchrun, with the reporting of `Ranks`."""
 
 import itertools
+import linecache
 import os
 import re
 import shutil
@@ -132,7 +133,8 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
             frames, ended = _where(folder, ranks), _ended(folder)
             over = ended if len(ended) < nproc else ()  # else it is torchrun itself that does not end
             outcomes = {r.number: ("result",) if r.number in over else ("busy", frames[r.number]) for r in ranks}
-            raise report.hang(outcomes, {}, timeout, "The program was stopped.", "torchrun(..., timeout=…)")
+            ending = f"{_outlives_its_group(frames)}The program was stopped."
+            raise report.hang(outcomes, {}, timeout, ending, "torchrun(..., timeout=…)")
         if code:
             said = Path(folder, "torchrun.log").read_text(errors="replace")
             raise _failure(ranks, said, code, _ended(folder))
@@ -156,6 +158,16 @@ def _where(folder, ranks):
             os.kill(int(path.name.rsplit("-", 1)[1]), WHERE)
     time.sleep(0.5)
     return [report.native_frames(path[0].read_text()) if path else [] for path in paths]
+
+
+def _outlives_its_group(frames):
+    """What to say of torch 2.13's trap, where the ranks' stacks may be in it: the last owner of a gloo group is a
+    DistributedDataParallel, which ends the group's thread as it is freed, and holds Python's lock meanwhile; if the
+    thread wants that for the last message that it has carried, both wait for ever."""
+    for filename, *_ in (stack[-1] for stack in frames if stack):
+        if "DistributedDataParallel" in "".join(linecache.getlines(filename)):
+            return _FREED_LATE
+    return ""
 
 
 def _ended(folder):
@@ -200,6 +212,11 @@ def _failure(ranks, said, code, noted=()):
         ending = f"{_OUTLIVED}\n{ending}"
     return report.failure(outcomes, {}, nobody, [], ending)
 
+
+_FREED_LATE = (
+    "If its work was done: a DistributedDataParallel that is freed after destroy_process_group() can wait for ever for "
+    "the group's thread. `del model` before that call.\n"
+)
 
 # torch 2.13: a gloo thread that wants Python's lock when Python is shutting down takes the process with it. The
 # thread should have ended with its group, but torch.distributed.nn holds the group where that is imported after it.

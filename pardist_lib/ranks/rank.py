@@ -166,7 +166,7 @@ def _watch(conn, main_thread):
                 frames.append((f.f_code.co_filename, line or f.f_code.co_firstlineno, f.f_code.co_name))
                 if spot is None and ledgers.is_readers(f.f_code.co_filename):
                     spot = waits.spot(f)
-            conn.send((question, frames[::-1], spot, _collectives_so_far(), _under_way()))
+            conn.send((question, frames[::-1], spot, _collectives_so_far(), waits.under_way()))
     except (EOFError, OSError):
         os._exit(0)
 
@@ -179,13 +179,6 @@ def _collectives_so_far():
         return sum(group._get_sequence_number_for_group() for group in list(dist.distributed_c10d._world.pg_map))
     except Exception:
         return 0
-
-
-def _under_way():
-    try:
-        return waits.under_way()
-    except Exception:  # no group yet, or none any more; or a torch whose flight recorder is another one
-        return [], [], {}
 
 
 # ---- what the notebook sends for itself -----------------------------------------------------------------------

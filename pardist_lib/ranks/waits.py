@@ -52,7 +52,10 @@ def under_way():
     """(the calls of this rank that have not ended: those that Python made, those of the flight recorder; {channel of
     the flight recorder: calls so far})"""
     still = [call for ref, call in list(_started) if (work := ref()) is not None and not work.is_completed()]
-    return still, *_recorded()
+    try:
+        return still, *_recorded()
+    except Exception:  # no group yet, or none any more; or a torch whose flight recorder is another one
+        return still, [], {}
 
 
 _DTYPES = {"Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
@@ -63,8 +66,10 @@ def _recorded():
     """Open calls and counts of the flight recorder, which has all collectives and no send or recv."""
     import torch.distributed as dist
     from torch._C import _distributed_c10d
+    from torch.distributed.distributed_c10d import _world
 
-    groups = {group.group_name: tuple(ranks) for group, ranks in dist.distributed_c10d._world.pg_group_ranks.items()}
+    # pg_group_ranks would also have a group that this rank is not in: a number, without a name
+    groups = {group.group_name: tuple(dist.get_process_group_ranks(group)) for group in list(_world.pg_map)}
     still, made = [], {}
     for entry in pickle.loads(_distributed_c10d._dump_fr_trace(True, False, False)).get("entries", ()):
         backend, _, name = entry["profiling_name"].partition(":")

@@ -1,6 +1,8 @@
 """The program to take home (lesson 06): it learns on any number of ranks, and sends one all-reduce a step."""
 
 import math
+import sys
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -10,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pardist_lib.lessons.lesson06 import train_digits
 from pardist_lib.mechanisms.data_parallel import DataParallel
-from pardist_lib.ranks import torchrun
+from pardist_lib.ranks import RankHang, torchrun
 
 
 def program(wrap, epochs=2):
@@ -38,3 +40,37 @@ def test_it_is_a_program_of_its_own():
     source = open(train_digits.__file__).read()
     assert "import pardist_lib" not in source and "from pardist_lib" not in source
     assert "2 ranks, 12 epochs: more than 85 %" in "".join(torchrun(train_digits.__file__, nproc=2))
+
+
+# A gloo thread that comes to nothing while Python computes: what it has carried, it lets go of last of all
+SLOW_THREADS = """
+import os, sys
+from pathlib import Path
+import train_digits
+
+class Wrapped(train_digits.DistributedDataParallel):
+    def __init__(self, model):
+        super().__init__(model)
+        sys.setswitchinterval(1000)
+        core = {min(os.sched_getaffinity(0))}
+        os.sched_setaffinity(0, core)
+        for task in Path("/proc/self/task").iterdir():
+            if "pt_gloo" in (task / "comm").read_text():
+                os.sched_setaffinity(int(task.name), core)
+                os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
+
+train_digits.main(epochs=1, wrap=Wrapped)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread's priority is Linux's")
+def test_it_ends_also_where_gloos_thread_is_slow(tmp_path):
+    """The model goes before its group does. Where it does not, the program waits for ever, and is told why."""
+    source = Path(train_digits.__file__).read_text()
+    first = next(line for line in source.splitlines(keepends=True) if line.startswith("    del model"))
+    (tmp_path / "slow.py").write_text(SLOW_THREADS)
+    (tmp_path / "train_digits.py").write_text(source)
+    assert "2 ranks, 1 epochs" in "".join(torchrun(tmp_path / "slow.py", nproc=2, quiet=True))
+    (tmp_path / "train_digits.py").write_text(source.replace(first, ""))
+    with pytest.raises(RankHang, match="DistributedDataParallel that is freed after"):
+        torchrun(tmp_path / "slow.py", nproc=2, quiet=True, timeout=15)

@@ -78,6 +78,11 @@ def handle():
     return lambda: dist.all_reduce(torch.ones(3), group=group, async_op=True).wait()
 
 
+def beside_a_group_of_others():
+    dist.new_group([1, 2])  # rank 0 gets a number in its place
+    return ddp()
+
+
 def on_rank_0(make, then_all):
     mine = make()
     if dist.get_rank() == 0 and mine:
@@ -86,7 +91,7 @@ def on_rank_0(make, then_all):
         dist.barrier()
 
 
-EVERY = [sharded_evenly, sharded_unevenly, full_state_dict, ddp, fsdp2, dtensor, own_thread, handle]
+EVERY = [sharded_evenly, sharded_unevenly, full_state_dict, ddp, fsdp2, dtensor, own_thread, handle, beside_a_group_of_others]
 
 
 @pytest.mark.parametrize("make", EVERY)
