@@ -50,6 +50,7 @@ def rows(new, old, pairs):
                 driver.tell("prepare", kind)
             yield compared(f"{kind}, {what}", n, new, old, "step", pairs)
         yield compared("ten warm ranks.run of a small function", n, new, old, "call", pairs)
+        yield compared("ranks.trace of a hundred all_reduces", n, new, old, "trace", pairs)
         for driver in both:
             driver.tell("close")
     yield compared("start of Ranks(4)", 4, new, old, "start", pairs)
@@ -130,6 +131,10 @@ def drive(tree):
                 for _ in range(10):
                     ranks.run(int, quiet=True)
                 seconds = time.perf_counter() - began
+            elif what == "trace":
+                began = time.perf_counter()
+                ranks.trace(hundred_sums)
+                seconds = time.perf_counter() - began
             elif what == "start":
                 with Ranks(4) as started:
                     seconds = started.start_seconds
@@ -161,6 +166,14 @@ def step():
     __main__.one_step()
     dist.barrier()
     return time.perf_counter() - began
+
+
+def hundred_sums():
+    import torch
+    import torch.distributed as dist
+
+    for _ in range(100):
+        dist.all_reduce(torch.ones(10))
 
 
 def make_step(kind):
