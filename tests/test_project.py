@@ -219,9 +219,14 @@ def test_the_map_of_lessons_names_every_notebook():
         assert f"notebooks/{path.name}" in (ROOT / "README.md").read_text()
 
 
+TOP = {".ci", ".github", ".gitignore", "LICENSE", "README.md", "binder", "notebooks", "pardist_lib", "pyproject.toml",
+       "requirements.txt", "tests"}  # fmt: skip
+
+
 def test_nothing_that_git_tracks_names_a_private_path():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert tracked or not (ROOT / ".git").exists()
+    assert {name.partition("/")[0] for name in tracked} <= TOP
     for name in tracked:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".txt", ".yml", ".ipynb") and path.exists():
