@@ -1,8 +1,8 @@
 """python -m pardist_lib.site [FOLDER]: the course as a static site, from the committed notebooks; nothing is executed.
 
 A page for each lesson, a map, a search that needs no server, light and dark, for a phone too; widgets are there as
-their stills, each picture with its words. Needs `pip install 'pardist[site]'` (Sphinx, MyST-NB, the book theme) and the
-repository; no network. FOLDER is `site` where it is left out.
+their stills, each picture with its words; the timeline and the plans (notebooks/saved) are alive. Needs `pip install
+'pardist[site]'` (Sphinx, MyST-NB, the book theme) and the repository; no network. FOLDER: by default `site`.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import html
 import re
 import shutil
 import tempfile
+import tomllib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -43,16 +44,21 @@ def build(folder, root=ROOT):
     folder, notebooks = Path(folder), sorted((Path(root) / "notebooks").glob("*.ipynb"))
     if not notebooks:
         raise ValueError(f"there are no notebooks in {root}")
+    repository = tomllib.loads((Path(root) / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
     with tempfile.TemporaryDirectory() as work:
         source, alts = Path(work) / "source", {}
         (source / "notebooks").mkdir(parents=True)
         for path in notebooks:
             alts |= _to_read(path, source / "notebooks" / path.name)
-        for picture in (Path(root) / "notebooks").glob("*.png"):
+        for picture in (Path(root) / "notebooks").glob("*.[gp][in][fg]"):
             shutil.copy(picture, source / "notebooks")
-        (source / "index.md").write_text(_front((Path(root) / "README.md").read_text(encoding="utf-8"), notebooks))
+        (source / "index.md").write_text(
+            _front((Path(root) / "README.md").read_text(encoding="utf-8"), notebooks, repository)
+        )
         shutil.rmtree(folder, ignore_errors=True)
         Sphinx(source, None, folder, Path(work) / "trees", "html", SETTINGS, status=None, warningiserror=False).build()
+    for page in (Path(root) / "notebooks" / "saved").glob("*.html"):
+        shutil.copy(page, folder / "notebooks")
     pages = sorted(p for p in folder.rglob("*.html") if "_static" not in p.parts)
     for page in pages:
         page.write_text(_with_words(page, alts), encoding="utf-8")
@@ -72,16 +78,30 @@ def _to_read(path, target):
             if 'class="pardist-run"' in data.get("text/html", ""):  # "run this cell …"; the words stay
                 words = re.findall(r"<details.*?</details>", data["text/html"], flags=re.S)
                 data["text/html"], data["text/plain"] = "".join(words), ""
+            if link := re.match(r"<a href='([^'/]+)' target='_blank'>", data.get("text/html", "")):
+                data["text/html"] = _alive(link[1]) if (path.parent / "saved" / link[1]).exists() else ""
         if "outputs" in cell:
-            cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+            cell.outputs = [
+                o for o in cell.outputs if WIDGET not in (d := o.get("data", {})) and d.get("text/html") != ""
+            ]
     nbformat.write(notebook, target)
     return alts
 
 
-def _front(readme, notebooks):
+def _alive(page):
+    """A page that a lesson saved, within the page of the lesson."""
+    return (
+        f'<iframe src="{page}" title="{page}, as the lesson saved it" loading="lazy" '
+        f'style="width:100%;height:560px;border:1px solid #8888"></iframe><br>'
+        f'<a href="{page}" target="_blank">{page}</a>'
+    )
+
+
+def _front(readme, notebooks, repository):
     """The first page: README down to its commands, its map of lessons, and the order of the pages."""
     top, _, rest = readme.partition("## Two commands")
     lessons = "## The lessons" + rest.partition("## The lessons")[2].partition("\n## ")[0]
+    lessons = lessons.replace("](tests/", f"]({repository}/blob/main/tests/")
     order = "\n".join(f"notebooks/{path.stem}" for path in notebooks)
     return f"{top}\n{lessons}\n\n```{{toctree}}\n:hidden:\n\n{order}\n```\n"
 
@@ -109,7 +129,7 @@ def problems(page, folder):
         alt = re.search(r'alt="([^"]*)"', tag)
         if not alt or not alt[1] or re.fullmatch(r"[\w./-]+\.(png|svg)", alt[1]):
             found.append(f"{name}: a picture without alt text: {tag[:100]}")
-    for link in re.findall(r'(?:href|src)="([^"#][^"]*)"', text):
+    for link in re.findall(r'(?:href|src)=["\']([^"\'#][^"\']*)["\']', text):
         parts = urlsplit(html.unescape(link))
         if not parts.scheme and not parts.netloc and parts.path and not (page.parent / unquote(parts.path)).exists():
             found.append(f"{name}: a link that leads nowhere: {link}")

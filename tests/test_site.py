@@ -19,6 +19,10 @@ def test_the_site(tmp_path, monkeypatch):
     assert 'alt="gradient of the last layer' in first and "pardist-live" not in first
     assert "Run this cell" not in first and "in words</summary>" in first
     assert (tmp_path / "site" / "searchindex.js").is_file()
+    for lesson, page in ("12", "slow.html"), ("13", "plans.html"):
+        text = next((tmp_path / "site" / "notebooks").glob(f"{lesson}_*.html")).read_text()
+        assert f'<iframe src="{page}"' in text and "<script" in (tmp_path / "site" / "notebooks" / page).read_text()
+    assert "ring_all_reduce.gif" in (tmp_path / "site" / "index.html").read_text()
     assert "The lessons" in (tmp_path / "site" / "index.html").read_text()
 
 

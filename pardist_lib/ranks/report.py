@@ -378,6 +378,19 @@ def hang(outcomes, calls, seconds, ending, patience="ranks.run(..., timeout=…)
     )
 
 
+def endless(outcomes, calls, seconds, ending):
+    """The RankHang for a call that went on and on."""
+    said = where(outcomes, calls)
+    busy = [r for r, o in outcomes.items() if o[0] == "busy"]
+    head = f"{plural(busy)} went on and on, and had not come to an end after {seconds:g} s"
+    text = "\n".join([head, *(f"  {line}" for line in folded(said).split("; ")), ending])
+    rank = busy[0] if busy else None
+    here = busy and _innermost(outcomes[rank][1] or [])
+    cell, line = (cell_name(here[0]), here[1]) if here else (None, None)
+    more = {"where": said, "details": details(outcomes, said)}
+    return RankHang(text, rank=rank, cause="endless", message=head, cell=cell, line=line, **more)
+
+
 def _wait_for(some, others):
     return f"{plural(some)} wait{'s' * (len(some) == 1)} for {plural(others)}"
 

@@ -4,6 +4,7 @@ import atexit
 import gc
 import inspect
 import itertools
+import math
 import os
 import sys
 import threading
@@ -66,13 +67,16 @@ class Ranks:
         _close_namesakes(n)  # only now: a start that fails or is interrupted leaves things as they were
         _all.add(self)
 
-    def run(self, fn, *args, on=None, quiet=False, timeout=None, **kwargs):
+    def run(self, fn, *args, on=None, quiet=False, timeout=None, at_most=None, **kwargs):
         """Call `fn(*args, **kwargs)` on every rank (or on the ranks in `on`) and wait for all.
 
         Returns the list of results in rank order. `fn` may be defined in a cell. Tensors come back by value, on
         the CPU, without their autograd graph. What the ranks print is shown (not with `quiet`) and stays in
         `self.output`, one string a rank. Raises RankError or RankHang, whose first line is the root cause; the
         next call works whatever happened.
+
+        timeout: seconds without a sign of life, by default those of the ranks. at_most: seconds after which a call is
+        stopped even if it gives signs of life; None: never.
         """
         if not callable(fn):
             raise TypeError(f"run(fn, *args): fn is a function, not {type(fn).__name__}; give it without calling it")
@@ -93,7 +97,7 @@ class Ranks:
         try:
             if self.state == "closed":
                 raise RuntimeError(f"these ranks are closed{self._why}: make new ones with Ranks(n)")
-            return self._call(parcel, on, quiet, timeout)
+            return self._call(parcel, on, quiet, timeout, math.inf if at_most is None else seconds(at_most))
         except report.RankError as error:
             self.last_error = error
             raise
@@ -186,7 +190,7 @@ class Ranks:
 
     # ---- one call ---------------------------------------------------------------------------------------------
 
-    def _call(self, parcel, on, quiet, timeout):
+    def _call(self, parcel, on, quiet, timeout, at_most):
         link = self._link
         if not self._settled:  # the stop button was pressed a second time, or while ranks were being replaced
             self._replace(FRESH)
@@ -207,7 +211,7 @@ class Ranks:
                     parcel.send(r.calls, link.number)
                 except OSError:
                     pass  # it died while idle: the host tells how
-            self._wait(mine, live, timeout)
+            self._wait(mine, live, timeout, at_most)
             if behind := link.ledger.behind():
                 lasts = link.last_calls()
                 raise report.unfinished(behind, lasts, self._replace(FRESH))
@@ -231,10 +235,10 @@ class Ranks:
     def _output_of(self, mine):
         return [next((r.printed.text() for r in mine if r.number == n), "") for n in range(self.n)]
 
-    def _wait(self, mine, live, timeout):
-        """Until every rank is done; raises when one has failed or nothing moves any more."""
-        link = self._link
-        signs, since, probes, counted = None, time.monotonic(), 0, None
+    def _wait(self, mine, live, timeout, at_most):
+        """Until every rank is done; raises when one has failed, nothing moves any more, or it takes too long."""
+        link, began = self._link, time.monotonic()
+        signs, since, probes, counted = None, began, 0, None
         while not all(r.ended for r in mine):
             moved = link.pump(0.1)
             live.update(mine)
@@ -243,6 +247,9 @@ class Ranks:
                 raise report.RankError(f"the ranks are gone: {link.lost}. Make new ones with Ranks(n)")
             if any(r.outcome[0] in ("error", "died") for r in mine):
                 raise self._failed(mine)
+            if time.monotonic() - began > at_most:
+                link.ask_where(0.5)
+                raise report.endless(self._outcomes(), link.calls(), at_most, self._replace(FRESH))
             now = [link.ledger.total(r) for r in range(self.n)]
             if moved or now != signs:
                 signs, since, probes = now, time.monotonic(), 0

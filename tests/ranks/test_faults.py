@@ -296,6 +296,16 @@ def test_ten_megabytes_of_prints(ranks):
         assert len(text) == 100_000 * 99 + 8 and text.endswith("the end\n")
 
 
+def test_a_call_that_goes_on_and_on_has_a_limit(ranks):
+    def endless():
+        while True:  # with signs of life
+            rank_sum()
+
+    error = fails(ranks, endless, error=RankHang, within=2 + GRACE, quiet=True, at_most=2)
+    assert error.message.startswith("ranks 0–3 went on and on, and had not come to an end after 2 s")
+    assert error.cause == "endless" and "rank_sum()" in error.details
+
+
 @pytest.fixture(autouse=True)
 def interruptible():
     """Python's own answer to SIGINT, also where the tests run in the background of a shell that ignores it."""

@@ -91,7 +91,10 @@ def on_rank_0(make, then_all):
         dist.barrier()
 
 
-EVERY = [sharded_evenly, sharded_unevenly, full_state_dict, ddp, fsdp2, dtensor, own_thread, handle, beside_a_group_of_others]
+EVERY = [
+    sharded_evenly, sharded_unevenly, full_state_dict, ddp, fsdp2, dtensor, own_thread, handle,
+    beside_a_group_of_others,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("make", EVERY)

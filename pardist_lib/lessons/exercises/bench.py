@@ -14,6 +14,7 @@ from .judge import Wrong
 from .watch import CASE
 
 PATIENCE = 5.0  # seconds without a sign of life after which an answer hangs; right ones take milliseconds
+LONGEST = 60.0  # seconds after which an answer is stopped that goes on making calls
 REPLACED = "The ranks were replaced: names that %%ranks cells had set are gone."
 _started = []
 
@@ -50,7 +51,7 @@ class Bench:
         on = [0] if n == 1 else None
         call = (fn, self.answer, *args) if n == 1 else (in_world, n, fn, self.answer, *args)
         try:
-            seen = self.ranks.run(*call, on=on, quiet=True, timeout=PATIENCE)
+            seen = self.ranks.run(*call, on=on, quiet=True, timeout=PATIENCE, at_most=LONGEST)
         except TypeError as error:
             raise Wrong(unsendable(self.answer, args, {}, error)) from None
         except RankError as error:
@@ -89,6 +90,8 @@ class Bench:
             said = f"{head}, so the others lost a member of their group"
         elif error.cause == "NotImplementedError":
             said = f"`raise NotImplementedError` is still reached on {plural([error.rank])}"
+        elif error.cause == "endless":
+            said = _waiting(error, where)
         elif stuck and (isinstance(error, RankHang) or error.cause in ("CollectiveMismatch", "unmatched call")):
             said = stuck
         elif isinstance(error, RankHang):
@@ -152,6 +155,8 @@ def _waiting(error, where):
     if error.cause == "deadlock" and any(ops):
         who = ", ".join(f"rank {r} is in {op[1]} {op[2]}" for r, op in enumerate(ops) if op)
         return f"a deadlock, nobody does what the others wait for: {who}"
+    if error.cause == "endless":
+        return f"it goes on and on: {folded(where)}"
     if error.cause == "stall" and not any("was in" in text for text in where):
         return f"it does not come back: {folded(where)}"
     return str(error).splitlines()[0]

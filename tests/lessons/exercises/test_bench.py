@@ -66,6 +66,18 @@ def _after_a_while():
     return SlowToArrive()
 
 
+def test_an_answer_that_goes_on_and_on(monkeypatch):
+    def calls_for_ever(tensor):
+        while True:
+            dist.all_reduce(tensor.clone())
+
+    monkeypatch.setattr(bench, "LONGEST", 3.0)
+    verdict = check("my_ring_all_reduce", calls_for_ever)
+    assert verdict.status == "failed"
+    assert verdict.diagnosis.startswith("it goes on and on: ranks 0–3 were in all_reduce")
+    assert "dist.all_reduce(tensor.clone())" in str(verdict) and "replaced" in verdict.note
+
+
 def test_slow_imports_are_no_hang():
     assert bench.Bench(SlowToArrive())._prepare("pardist_lib.lessons.lesson00.shard_rows") is None
 
