@@ -60,8 +60,8 @@ def _bytes(order, tokens, width, hidden, n, reduce=2, gathers=(1, 1), ahead=1, b
 
 
 why = (
-    "Column, row is cheapest because only the narrow ends are all-reduced; every other order sends the hidden "
-    "layer, forward or backward. Megatron has this order written into its MLP and attention; DTensor works "
-    "out from a tensor's placements what to send."
+    "Column, row is cheapest where hidden is the wide one, as in an MLP: only the ends are all-reduced; every other "
+    "order sends the hidden layer, forward or backward. Megatron has this order written into its MLP and attention; "
+    "DTensor works out from a tensor's placements what to send."
 )
 exercise = Exercise(hints, check, minutes=12, level="hard", why=why)

@@ -10,15 +10,15 @@
     autograd.py         those that know their own backward
     agreement.py        the same model on every rank, the first one's values, sums of many tensors
 
-Ways to do the same thing, with α seconds for a message, β seconds for a byte, S bytes of the whole tensor, n ranks:
+Ways to do the same thing, with α seconds for a message, β bytes a second, S bytes of the whole tensor, n ranks:
 
                          time on one rank (arithmetic left out)      why
-    naive                (n − 1)·(α + S·β) on the root, twice         easy to get right
-    tree                 2·⌈log₂ n⌉·(α + S·β)                         few steps
-    recursive doubling   log₂ n·(α + S·β)                             fewest steps: short tensors
-    halving, doubling    2·log₂ n·α + 2·(n−1)/n·S·β                   few steps and few bytes, but far partners
-    ring                 2·(n − 1)·α + 2·(n−1)/n·S·β                  fewest bytes, near partners: long tensors
-    direct               2·(n − 1)·α + 2·(n−1)/n·S·β                  in two rounds: few ranks (here: each half alone)
+    naive                (n − 1)·(α + S/β) on the root, twice         easy to get right
+    tree                 2·⌈log₂ n⌉·(α + S/β)                         few steps
+    recursive doubling   log₂ n·(α + S/β)                             fewest steps: short tensors
+    halving, doubling    2·log₂ n·α + 2·(n−1)/n·S/β                   few steps and few bytes, but far partners
+    ring                 2·(n − 1)·α + 2·(n−1)/n·S/β                  fewest bytes, near partners: long tensors
+    direct               2·(n − 1)·α + 2·(n−1)/n·S/β                  in two rounds: few ranks (here: each half alone)
 
 Chunk i of a tensor is what torch.tensor_split(n)[i] cuts, so n need not divide anything. In-place functions return
 their tensor, which need not be contiguous. `group`: a process group, None for all ranks; ValueError outside it.

@@ -2,17 +2,17 @@
 
 Each comes with a conjugate, and the backward of the one is the forward of the other:
 
-    copy_to_group            nothing forward          all-reduce backward        "f" in Megatron's figures
-    reduce_from_group        all-reduce forward       nothing backward           "g"
+    copy_to_group            nothing forward          all-reduce backward        "f" of tensor parallelism
+    reduce_from_group        all-reduce forward       nothing backward           "g" of 2019, "f̄" of 2022
     scatter_to_group         own slice forward        all-gather backward
     gather_from_group        all-gather forward       own slice backward
     all_gather_from_group    all-gather forward       reduce-scatter backward    "g" of sequence parallelism
-    reduce_scatter_to_group  reduce-scatter forward   all-gather backward        its conjugate
+    reduce_scatter_to_group  reduce-scatter forward   all-gather backward        "ḡ"
 
-Which one is right depends on what the ranks do next. `copy_to_group` and `all_gather_from_group` are for ranks that
-go on to *different* work with the same tensor: each finds a part of its gradient, and the parts are added.
-`gather_from_group` is for ranks that all go on to the *same* work: each finds the whole gradient by itself, and adding
-would count it n times.
+The letters are those in the figures of Megatron's papers. Which one is right depends on what the ranks do next.
+`copy_to_group` and `all_gather_from_group` are for ranks that go on to *different* work with the same tensor: each
+finds a part of its gradient, and the parts are added. `gather_from_group` is for ranks that all go on to the *same*
+work: each finds the whole gradient by itself, and adding would count it n times.
 
 n: ranks of the group; S: bytes of the whole tensor. A tensor is cut along `dim` as torch.tensor_split cuts, so n need
 not divide it. `group`: a process group, None for all ranks; ValueError outside it. Inputs stay as they are.

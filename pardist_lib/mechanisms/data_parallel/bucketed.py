@@ -1,6 +1,8 @@
 """Averaged gradients in few lines: one after the other after backward, and in buckets while backward computes.
 
-`DataParallel` (wrapper.py) is the second one, for models and loops of every kind.
+`DataParallel` (wrapper.py) is the second one, for models and loops of every kind. In both the order in which gradients
+will come is guessed once, the last layer's first. DDP has one bucket for all of them in its first backward, sees in
+which order they come, and then deals them out: 1 MB in the bucket that is to be full first, 25 MB in the others.
 """
 
 from functools import partial

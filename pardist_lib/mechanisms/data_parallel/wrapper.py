@@ -42,14 +42,17 @@ class DataParallel(UnevenBatches, nn.Module):
     find_unused_parameters   as in DDP: needed where a backward does not reach every parameter. Ranks then tell each
                              other which ones they used, 1 byte a parameter more: what no rank used keeps None; where
                              some did, the others count as zeros. Nothing overlaps then: ranks that use different
-                             layers would start their buckets between different calls of the model.
+                             layers would start their buckets between different calls of the model. (DDP, which
+                             looks for the unused ones in the graph, after forward, does overlap.)
     sync_batch_norm          BatchNorm layers become `SyncBatchNorm`s, without which no step equals one process's.
     broadcast_buffers        before each forward in training, set buffers to the first rank's, as DDP does. Not the
                              default: SyncBatchNorm's are the same on all ranks anyway, and of a plain BatchNorm's
                              running statistics it would keep one rank's share only.
     comm_hook                `hook(bucket, group)` in all_reduce's place: it may start the exchange, and returns a
                              function that ends it, after which the sum over ranks stands in `bucket.flat` (where it
-                             finds this rank's gradients, divided by the number of ranks). See compression.py.
+                             finds this rank's gradients, divided by the number of ranks). See compression.py. Not
+                             DDP's: a hook of its `register_comm_hook` is called with (state, bucket), finds gradients
+                             that nobody has divided in `bucket.buffer()`, and returns a Future of what replaces them.
 
     Forward sends nothing (but buffers, BatchNorm's statistics). Backward all-reduces S bytes, the trainable
     parameters': as a ring, each rank sends 2·(n − 1)/n·S.
@@ -167,7 +170,8 @@ class DataParallel(UnevenBatches, nn.Module):
     def no_sync(self):
         """Inside, backward adds to this rank's own gradients and sends nothing: all micro-batches but the last.
 
-        The next backward outside averages the sums. Divide each micro-batch's loss by their number.
+        The next backward outside averages the sums. Divide each micro-batch's loss by their number. (With DDP forward
+        has to be inside as well, or that backward sends.)
         """
         before, self._syncing = self._syncing, False
         try:

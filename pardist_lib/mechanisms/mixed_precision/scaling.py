@@ -137,7 +137,9 @@ class MasterWeights:
         masters.give_back()                        # the model's weights: the masters, rounded
 
     Why: a step of SGD changes a weight by about a thousandth or less, which 16 bits round away: 1 + 0.0004 is 1 in
-    float16. Bytes a parameter with AdamW: weight 2, gradient 2 in the model; 4, 4 and state 8 in the masters.
+    float16. Bytes a parameter with AdamW: weight 2 in the model; weight 4, gradient 4 and state 8 in the masters, 18 in
+    all. The model's own gradient, 2 more, is there from backward to `take_gradients`: 20, where several micro-batches
+    are added up in the masters.
 
     The module is changed in place; frozen parameters and buffers become `dtype` too, shared parameters stay shared.
     Sends nothing. Raises ValueError as `check_precision`.

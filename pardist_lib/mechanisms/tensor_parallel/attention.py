@@ -4,7 +4,8 @@ No head looks at another, so each rank takes some of them: its rows of the query
 ColumnParallelLinear), then attention of its heads with nobody else's help, then its columns of the output weight (as in
 a RowParallelLinear). One all-reduce forward, after the output weight, and one backward, before query, key and value:
 the three share their input, so their weights stand in one matrix, and their input gradients are added up before they
-are sent.
+are sent. (Rows stand here as in most plain models, all queries, then all keys, then all values, and are put in order
+before they are cut. Megatron's stand head by head from the start.)
 
 Sources: Shoeybi et al., "Megatron-LM" (2019), section 3; Ainslie et al., "GQA" (2023), for grouped-query heads.
 """

@@ -41,11 +41,12 @@ class ColumnParallelLinear(SplitModule):
     input_is_copied    the caller has called `copy_to_group`, once for several layers of the same input (Q, K, V), or
                        `all_gather_from_group` under sequence parallelism: this layer sends nothing
     sequence_parallel  each rank comes with a part of the input along sequence_dim, gathered here; keep_gathered=False
-                       keeps only the part for backward, and gathers again there
-    chunks             pieces of the tokens in which backward sends while it computes
+                       keeps only the part for backward, as Megatron does, and gathers again there
+    chunks             pieces of the tokens in which backward sends while it computes; not with sequence_parallel
 
     Sends forward nothing, backward one all-reduce of S (none where the input needs no gradient); with
-    sequence_parallel an all-gather and a reduce-scatter of (n − 1)/n·S instead.
+    sequence_parallel an all-gather forward and a reduce-scatter backward instead, (n − 1)/n·S each (with
+    keep_gathered=False one more, backward).
 
     Raises ValueError where the input does not fit or is not floating point, and on a rank outside the group.
     """
@@ -115,10 +116,10 @@ class RowParallelLinear(SplitModule):
     input_is_parallel  the input is this rank's part already, as a column-parallel layer leaves it; else it is whole
                        and cut here (backward then sends one all-gather)
     sequence_parallel  each rank keeps only its part of the output along sequence_dim
-    chunks             pieces of the tokens in which forward sends while it computes
+    chunks             pieces of the tokens in which forward sends while it computes; not with sequence_parallel
 
-    Sends forward one all-reduce of S, backward nothing; with sequence_parallel a reduce-scatter and an all-gather of
-    (n − 1)/n·S instead.
+    Sends forward one all-reduce of S, backward nothing; with sequence_parallel a reduce-scatter forward and an
+    all-gather backward instead, (n − 1)/n·S each.
 
     Raises ValueError where the input does not fit or is not floating point, and on a rank outside the group.
     """

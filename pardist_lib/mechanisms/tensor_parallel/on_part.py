@@ -17,8 +17,8 @@ def replicated(*parameters, group=None):
     """Parameters that are the same on every rank, for use on this rank's positions only.
 
     Each rank then finds the part of their gradient that its positions give: backward adds the parts up, in one
-    all-reduce for all of them together. Returns a tuple; None stays None. Without this, ranks would take different
-    steps and their copies would drift apart.
+    all-reduce of as many bytes as the trainable ones have together; forward sends nothing. Returns a tuple; None stays
+    None. Without this, ranks would take different steps and their copies would drift apart.
     """
     trained = [p for p in parameters if p is not None and p.requires_grad]
     if not trained or rank_and_size(group)[1] == 1:
@@ -56,7 +56,8 @@ class OnPart(nn.Module):
 
     For what stands between split layers, such as the norm of each head's queries, or a dropout; and for a norm that
     SequenceParallelLayerNorm does not know. Each rank draws its own random numbers in it, and backward adds up over the
-    ranks what they find of its parameters' gradients, in one all-reduce. Values are those of the group's first rank.
+    ranks what they find of its parameters' gradients, in one all-reduce of their bytes; forward sends nothing. Values
+    are those of the group's first rank.
     """
 
     def __init__(self, module, group=None):

@@ -2,7 +2,8 @@
 
 `column_linear` has a part of the output features on each rank, `row_linear` a part of the input features. With
 `chunks` of the tokens the messages of one chunk travel while the next one is computed; and whatever the chunks, the
-column's backward sends its input's gradient while it computes the weight's, which nobody else waits for.
+column's backward sends its input's gradient while it computes the weight's, which nobody else waits for. Both are for
+the all-reduces. With sequence_dim each message is waited for at once (Megatron hides those, too).
 
 n: ranks of the group; S: bytes of the whole input or output. Bytes do not depend on `chunks`.
 Sources: Shoeybi et al., "Megatron-LM" (2019), section 3; Korthikanti et al. (2022), section 4.2.2, for the sequence's
@@ -26,7 +27,8 @@ def column_linear(x, weight, bias=None, group=None, *, chunks=1, sequence_dim=No
 
     With sequence_dim each rank has a part of x along that dimension (sizes: every rank's length there, where they
     differ): it is gathered first, an all-gather of (n − 1)/n·S; backward sends a reduce-scatter of as much. The
-    gathered input is kept for backward, or with keep_gathered=False gathered again there: one all-gather more.
+    gathered input is kept for backward, or with keep_gathered=False, as in Megatron, gathered again there: one
+    all-gather more.
     """
     x, weight, bias = _cast(x, weight, bias)
     return _Column.apply(x, weight, bias, group, chunks, sequence_dim, sizes, keep_gathered)

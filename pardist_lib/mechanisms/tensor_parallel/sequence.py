@@ -14,9 +14,11 @@ of S (the bytes of the whole activations), (n − 1)/n·S each, for a pair of co
     sequence_parallel=False                      four halves: an all-reduce forward, an all-reduce backward
     sequence_parallel=True                       four halves; each matmul keeps its whole, gathered input
     sequence_parallel=True, keep_gathered=False  five: backward gathers the input again, so only one n-th is kept
+                                                 (what Megatron does)
 
 and the gradients of what every rank has whole and uses on its own positions (norms, position embeddings), which
-`replicated` adds up. A row-parallel bias is none of these here: its gradient comes from the gathered gradient.
+`replicated` adds up in every backward (Megatron once a step, after the last micro-batch). A row-parallel bias is none
+of these here: its gradient comes from the gathered gradient.
 
 n: ranks of the group. Activations are cut along the sequence as torch.tensor_split cuts, so n need not divide it.
 Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (2022), section 4.2.
@@ -35,7 +37,7 @@ class SequenceParallelLayerNorm(nn.LayerNorm):
     """nn.LayerNorm on this rank's positions: (…, this rank's positions, features), the same shape back.
 
     Forward sends nothing: a position's norm needs no other position. Backward adds the gradients of weight and bias
-    over the ranks, in one all-reduce of both together. Weights start as the first rank's.
+    over the ranks, in one all-reduce of both together, 2·features numbers. Weights start as the first rank's.
     """
 
     def __init__(self, normalized_shape, eps=1e-5, elementwise_affine=True, bias=True, *, group=None, **options):

@@ -1,8 +1,8 @@
 """Embedding and cross-entropy over a vocabulary that is split: no rank ever holds a whole row of logits.
 
 A vocabulary of V is cut along the ranks as torch.tensor_split cuts it (50,257 words on 4 ranks: 12,565 and three times
-12,564). Rank r owns the rows of the embedding table for its words, and, where the output layer is a
-ColumnParallelLinear, the logits of its words.
+12,564; Megatron adds words that do not exist, until the ranks divide V). Rank r owns the rows of the embedding table
+for its words, and, where the output layer is a ColumnParallelLinear, the logits of its words.
 
 n: ranks of the group. A group of one rank sends nothing.
 Sources: Shoeybi et al., "Megatron-LM" (2019), section 3; Szegedy et al. (2016), section 7, for label smoothing.
