@@ -12,6 +12,7 @@ session's key first (`multiprocessing.connection`).
 import contextlib
 import io
 import mmap
+import operator
 import os
 import pickle
 import socket
@@ -45,6 +46,13 @@ def _code(code):
     return make, tuple(code.co_filename if part == "<dynamic-code>" else part for part in parts)
 
 
+def _name_in_torch(obj):
+    """ "ops.aten.add" of torch's operators and of what holds them, which cannot be taken apart; "" of other things."""
+    if isinstance(obj, types.ModuleType):
+        return obj.__name__.removeprefix("torch.")
+    return f"ops.{obj}" if type(obj).__name__ in ("OpOverloadPacket", "OpOverload") else ""
+
+
 class _Pickler(cloudpickle.Pickler):
     """cloudpickle, with ordinary tensors as plain bytes: values only, on the CPU, without their autograd graph."""
 
@@ -54,6 +62,8 @@ class _Pickler(cloudpickle.Pickler):
         torch, functional = map(sys.modules.get, ("torch", "torch.distributed._functional_collectives"))
         if functional and isinstance(obj, functional.AsyncCollectiveTensor):
             obj = obj.wait()  # DTensor's results may still be on their way
+        if torch and type(obj).__module__ in ("torch._ops", "torch._classes") and (name := _name_in_torch(obj)):
+            return operator.attrgetter(name), (torch,)
         if torch and type(obj) in (torch.Tensor, torch.nn.Parameter):
             if obj.layout == torch.strided and not obj.is_quantized and obj.device.type != "meta":
                 values = obj.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)

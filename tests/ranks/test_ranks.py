@@ -111,6 +111,16 @@ def test_results_are_the_notebooks_own(ranks_of):
     assert got[0]["list"][0] is got[0]["list"][1] is got[0]["tensor"]  # one tensor stays one
 
 
+def test_torchs_operators_travel_by_name(ranks_of):
+    aten, add = torch.ops.aten, torch.ops.aten.add
+
+    def double(x):
+        return torch.ops.aten.add.Tensor(aten.alias(x), add(x, 0))
+
+    got = ranks_of(2).run(lambda x, *more: (double(x), *more), torch.ones(2), torch.ops, add.Tensor)
+    assert all(torch.equal(r[0], torch.full((2,), 2.0)) and r[1:] == (torch.ops, add.Tensor) for r in got)
+
+
 def test_a_result_leaves_its_graph_behind(ranks_of):
     def loss():
         w = torch.ones(3, requires_grad=True)

@@ -27,6 +27,9 @@ _CAUSES = [  # (in "Type: message", the clause; {1}, {2} … are the pattern's g
      "a cut along a later dimension, or a .T, is not contiguous: send a copy, .contiguous()"),
     (r"Sizes of tensors must match except in dimension|stack expects each tensor to be equal size",
      "the ranks' parts need not be equally large: make room for each one in its own size"),
+    (r"allgather: invalid tensor size at index 0 \(expected \((\d+)[^)]*\), got \(1\D",
+     "one tensor for all ranks' parts has them one after the other along its first dimension, n * {1}: the stacked "
+     "form, (n, {1}, …), is for nccl only"),
     (r"split_with_sizes expects split_sizes to sum exactly to (\d+)",
      "the sizes have to add up to {1}: they need not come out even"),
     (r"leaf Variable that requires grad is being used in an in-place operation|"

@@ -13,6 +13,7 @@ from types import NoneType
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch.distributed import Work, distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +22,7 @@ _SOLUTIONS = sorted((_LIBRARY / "lessons").glob("lesson*/solutions.py"))
 _REFERENCE = tuple(map(str, (f"{_LIBRARY / 'mechanisms'}/", f"{_LIBRARY / 'measure'}/", *_SOLUTIONS)))
 _TORCH = f"{Path(dist.__file__).parent}/"
 _DDP = f"{Path(torch.__file__).parent}/nn/parallel/distributed.py"
+_READY_MADE = "average_parameters", "_sync_module_states", "_sync_params_and_buffers"
 CASE = "in the case: "
 
 
@@ -93,7 +95,8 @@ class _Noting(TorchDispatchMode):
 
 
 def _op(name):
-    """torch.distributed's name of what its C++ code calls `_allgather_base_` and the like."""
+    """torch.distributed's name of what is called `_allgather_base_` in C++, `all_gather_into_tensor_coalesced` as a
+    functional collective, and the like."""
     short = name.strip("_")
     for start, op in _SPELLINGS.items():
         if short.startswith(start):
@@ -103,8 +106,11 @@ def _op(name):
 
 _SPELLINGS = {
     "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
     "allgather": "all_gather",
+    "all_gather": "all_gather",
     "alltoall": "all_to_all",
+    "all_to_all": "all_to_all",
     "reduce_scatter": "reduce_scatter",
     "recv": "recv",
 }
@@ -157,9 +163,7 @@ def watched(answer, *args, **kwargs):
             code = frame.f_code
             if code.co_filename.startswith(_REFERENCE):
                 seen.reference = seen.reference or _called(frame)
-            elif code.co_filename.startswith(_TORCH) and (
-                "object" in code.co_name or code.co_name == "average_parameters"
-            ):
+            elif code.co_filename.startswith(_TORCH) and ("object" in code.co_name or code.co_name in _READY_MADE):
                 seen.torchs = seen.torchs or code.co_name.strip("_")
             elif code.co_filename == _DDP:
                 seen.torchs = "DistributedDataParallel"
@@ -190,7 +194,7 @@ def forget():
 def _waits(noting):
     """Inside, yields the works that were waited for: by wait(), or by that of a future made of them."""
     waited, futures = {}, {}  # the works themselves, so that their ids stay theirs
-    plain = Work.wait, Work.get_future, torch._C.Future.wait
+    plain, coalesced = (Work.wait, Work.get_future, torch._C.Future.wait), dist._broadcast_coalesced
 
     def wait(work, *args, **kwargs):
         waited[id(work)] = work
@@ -207,11 +211,20 @@ def _waits(noting):
         noting.under_way.clear()
         return plain[2](future)
 
+    def broadcast_coalesced(*args, **kwargs):  # waits for what it starts, and Python does not see it
+        before, early = len(noting.works), noting.early
+        coalesced(*args, **kwargs)
+        waited.update((id(work), work) for work in noting.works[before:])
+        noting.under_way.clear()
+        noting.early = early
+
     Work.wait, Work.get_future, torch._C.Future.wait = wait, get_future, wait_future
+    dist._broadcast_coalesced = broadcast_coalesced
     try:
         yield waited
     finally:
         Work.wait, Work.get_future, torch._C.Future.wait = plain
+        dist._broadcast_coalesced = coalesced
 
 
 def _called(frame):
@@ -233,6 +246,8 @@ def calls_so_far():
 
 def plain(value, depth=3):
     """`value` where it is something that an exercise can ask for, else an `Other` with the name of its type."""
+    if isinstance(value, functional.AsyncCollectiveTensor):
+        value = value.wait()  # of a functional collective, which waits where its result is used
     if isinstance(value, torch.Tensor):
         ordinary = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout == torch.strided
         kind = "sparse tensor" if value.layout != torch.strided else type(value).__name__

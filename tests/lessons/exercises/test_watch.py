@@ -52,6 +52,34 @@ def test_calls_are_seen_with_their_group_and_dtype(ranks):
     assert len(second.calls) == 1 and "div" in first.ops and "add" not in first.ops and "float32" in first.dtypes
 
 
+def functional_calls():
+    x = torch.ones(2)
+
+    def answer():
+        dist._broadcast_coalesced(dist.group.WORLD, [x], 2**20, 0)
+        functional.all_reduce_coalesced([x, x], "sum", dist.group.WORLD)
+        functional.all_gather_tensor(x, 0, dist.group.WORLD)
+        functional.all_to_all_single(x.repeat(2), None, None, dist.group.WORLD)
+        return functional.all_reduce(x, "sum", dist.group.WORLD)
+
+    return watched(answer)
+
+
+def test_functional_collectives_have_the_names_of_others_and_are_waited_for(ranks):
+    for seen in ranks.run(functional_calls):
+        made = [(call.op, call.bytes) for call in seen.calls]
+        n = len(seen.calls[-1].group)
+        assert made == [
+            ("broadcast", 8),
+            ("all_reduce", 16),
+            ("all_gather", 8 * n),
+            ("all_to_all", 16),
+            ("all_reduce", 8),
+        ]
+        assert torch.equal(seen.result, torch.full((2,), float(n)))
+        assert not seen.unwaited and not seen.hidden and not seen.early
+
+
 def test_a_check_leaves_no_trace_on_the_ranks(ranks):
     def state():
         return repr(Work.wait), sys.getprofile(), torch.utils._python_dispatch._get_current_dispatch_mode() is None

@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 
 from pardist_lib.mechanisms.collectives.autograd import copy_to_group
 from tests.lessons.lesson03.shared import function, summed
@@ -106,3 +107,21 @@ def hook_on_the_result(x, group=None):
     if y.requires_grad:
         y.register_hook(lambda g: summed(g, group))
     return y
+
+
+@right("my_copy_to_group")
+def hook_of_an_alias(x, group=None):
+    y = torch.ops.aten.alias(x)
+    if y.requires_grad:
+        y.register_hook(lambda g: functional.all_reduce(g, "sum", group or dist.group.WORLD))
+    return y
+
+
+@right("my_copy_to_group")
+def asynchronous_and_in_place(x, group=None):
+    def backward(g):
+        total = g.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group, async_op=True).wait()
+        return total
+
+    return function(lambda x: x, backward)(x)  # forward gives back what it got, as Megatron's does

@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 import torch.distributed.nn.functional as with_backward
 
 from tests.lessons.lesson03.shared import function, place, summed
@@ -93,3 +94,25 @@ def scales_in_place(x, group=None):
 def with_a_function(x, group=None):
     rank, n = place(group)
     return function(lambda x: torch.cat(gathered(x, group), -1), lambda g: g.tensor_split(n, -1)[rank])(x)
+
+
+@right("my_gather_from_group")
+def a_functional_collective(x, group=None):
+    whole = functional.all_gather_tensor(x.detach(), x.dim() - 1, group or dist.group.WORLD)
+    rank, own = dist.get_rank(group), x.shape[-1]
+    return whole.slice_scatter(x, -1, rank * own, (rank + 1) * own)
+
+
+@right("my_gather_from_group")
+def into_one_tensor(x, group=None):
+    rank, n = place(group)
+    whole = x.new_empty(n * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.detach().contiguous(), group=group)
+    return torch.cat([x if r == rank else part for r, part in enumerate(whole.chunk(n))], -1)
+
+
+@mistake("my_gather_from_group", "the stacked form, (n, 3, …), is for nccl only")
+def stacked(x, group=None):
+    whole = x.new_empty(dist.get_world_size(group), *x.shape)
+    dist.all_gather_into_tensor(whole, x.detach().contiguous(), group=group)
+    return torch.cat(list(whole), -1)

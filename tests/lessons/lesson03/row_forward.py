@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch.nn import functional as F
 
 from tests.lessons.lesson03.shared import function, summed
@@ -161,3 +162,24 @@ def behind_autograds_back(x, weight, bias, group=None):
     y = x @ weight.T
     others = summed(y.detach(), group) - y.detach()
     return y + others if bias is None else y + others + bias
+
+
+@right("row_forward")
+def in_place_unseen(x, weight, bias, group=None):
+    y = F.linear(x, weight)
+    with torch.no_grad():
+        dist.all_reduce(y, group=group)
+    return y if bias is None else y + bias
+
+
+@right("row_forward")
+def a_functional_collective(x, weight, bias, group=None):
+    """It waits where its result is used: without a bias, after the answer has returned."""
+    y = function(lambda y: functional.all_reduce(y, "sum", group or dist.group.WORLD), lambda g: g)(F.linear(x, weight))
+    return y if bias is None else y + bias
+
+
+@mistake("row_forward", "its backward 4 times too large")
+def a_functional_collective_with_its_own_backward(x, weight, bias, group=None):
+    y = functional.all_reduce(x @ weight.T, "sum", group or dist.group.WORLD)
+    return y if bias is None else y + bias

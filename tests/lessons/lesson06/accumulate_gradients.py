@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 
 from tests.lessons.lesson06.shared import all_reduced
 from tests.lessons.planted import mistake, right
@@ -209,3 +210,39 @@ def hooks_for_the_last(model, batches, loss_of, group=None):
 def accumulates_in_eval(model, batches, loss_of, group=None):
     accumulated(model.eval(), batches, loss_of)
     all_reduced(model, group, dist.get_world_size(group))
+
+
+@right("accumulate_gradients")
+def in_a_place_of_its_own(model, batches, loss_of, group=None):
+    """As Megatron's main_grad: p.grad is None again before the next micro-batch."""
+    total = {}
+    for x, y in batches:
+        model.zero_grad()
+        loss_of(model, x, y).backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                total[p] = total[p].add_(p.grad) if p in total else p.grad
+    for p, g in total.items():
+        dist.all_reduce(g, group=group)
+        p.grad = g.div_(len(batches) * dist.get_world_size(group))
+
+
+@right("accumulate_gradients")
+def all_together(model, batches, loss_of, group=None):
+    accumulated(model, batches, loss_of)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    sums = functional.all_reduce_coalesced(gradients, "sum", group or dist.group.WORLD)
+    torch._foreach_copy_(gradients, [total / dist.get_world_size(group) for total in sums])
+
+
+@right("accumulate_gradients")
+def seeds_backward(model, batches, loss_of, group=None):
+    model.zero_grad()
+    for x, y in batches:
+        loss = loss_of(model, x, y)
+        loss.backward(torch.full_like(loss, 1 / len(batches)))
+    with dist._coalescing_manager(group=group, async_ops=True) as works:
+        for p in model.parameters():
+            if p.grad is not None:
+                dist.all_reduce(p.grad.div_(dist.get_world_size(group)), group=group)
+    works.wait()

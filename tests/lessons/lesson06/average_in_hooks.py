@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.lessons.planted import mistake, right
@@ -252,4 +253,32 @@ def begins_with_zeros(model, group=None):
     for p in model.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
+    each_hooked(model, average)
+
+
+@right("average_in_hooks")
+def one_message_under_way(model, group=None):
+    """Waits for the last message when the next gradient is there, and for the very last when backward is over."""
+    n, under_way = dist.get_world_size(group), []
+
+    def finish():
+        while under_way:
+            gradient, work = under_way.pop()
+            work.wait()
+            gradient /= n
+
+    def average(p):
+        if not under_way:
+            torch.autograd.Variable._execution_engine.queue_callback(finish)
+        finish()
+        under_way.append((p.grad, dist.all_reduce(p.grad, group=group, async_op=True)))
+
+    each_hooked(model, average)
+
+
+@right("average_in_hooks")
+def functional_and_lazy(model, group=None):
+    def average(p):
+        p.grad = functional.all_reduce(p.grad / dist.get_world_size(group), "sum", group or dist.group.WORLD)
+
     each_hooked(model, average)

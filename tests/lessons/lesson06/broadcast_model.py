@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from torch.distributed.utils import _sync_module_states
 
 from tests.lessons.planted import mistake, right
 
@@ -149,3 +150,14 @@ def one_message_for_each_dtype(model, group=None):
         dist.broadcast(flat, group=group, group_src=0)
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
+
+
+@right("broadcast_model")
+def coalesced_as_ddp_does(model, group=None):
+    tensors = [t.detach() for t in [*model.parameters(), *model.buffers()]]
+    dist._broadcast_coalesced(group or dist.group.WORLD, tensors, 250 * 2**20, 0)
+
+
+@mistake("broadcast_model", "it calls torch's own sync_module_states")
+def ddps_own(model, group=None):
+    _sync_module_states(model, group or dist.group.WORLD, 250 * 2**20, 0, set(), True)

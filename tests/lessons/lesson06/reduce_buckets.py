@@ -221,3 +221,14 @@ def by_avg_in_buckets(arriving, group=None):
             works.append(dist.all_reduce(full[len(works)], dist.ReduceOp.AVG, group, True))
     for work in reversed(works):
         work.wait()
+
+
+@right("reduce_buckets")
+def functional_in_place(arriving, group=None):
+    full, sums, collectives = {}, [], torch.ops._c10d_functional
+    for number, bucket in arriving:
+        full[number] = bucket
+        while len(sums) in full:
+            sums.append(collectives.all_reduce_(full[len(sums)], "sum", (group or dist.group.WORLD).group_name))
+    for total in sums:
+        collectives.wait_tensor(total).div_(dist.get_world_size(group))

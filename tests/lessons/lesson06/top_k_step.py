@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 
 from tests.lessons.planted import mistake, right
 
@@ -211,3 +212,13 @@ def scatters(gradient, residual, k, group=None):
     dist.all_gather_into_tensor(values, wanted[places], group=group)
     dist.all_gather_into_tensor(everywhere, places, group=group)
     return torch.zeros_like(wanted).scatter_add_(0, everywhere, values) / n, wanted.scatter(0, places, 0.0)
+
+
+@right("top_k_step")
+def functional_collectives(gradient, residual, k, group=None):
+    wanted = gradient + residual
+    places = wanted.abs().topk(k).indices
+    chosen = [wanted[places], places]
+    values, everywhere = functional.all_gather_into_tensor_coalesced(chosen, group or dist.group.WORLD)
+    mean = torch.zeros_like(wanted).index_add_(0, everywhere, values) / dist.get_world_size(group)
+    return mean, wanted.index_fill(0, places, 0)
