@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 RECOMPUTE = ("none", "selective", "full")
-STATES = {  # bytes for each parameter: weights, gradients, optimizer
+# Bytes for each parameter: weights, gradients, optimizer. There are 20, too: of "mixed" in Megatron, which holds 16-bit
+# gradients in float32 besides, for the step; of "float32" in torch's DDP, whose buckets are a second copy of gradients.
+STATES = {
     "mixed": (2, 2, 12),  # 16-bit weights and gradients; float32 master weights and Adam's two moments: 16 in all
     "mixed, float32 gradients": (2, 4, 12),  # 18, as Megatron's
     "float32": (4, 4, 8),  # 16: no master weights
@@ -278,7 +280,8 @@ def training_memory(model, plan, batch=None, states="mixed", element=None, mask=
 
     Adam's kind of optimizer. "gathered": whole weights that ZeRO-3 has for a moment, of two layers (one in use, one
     arriving) and of what is outside the layers. Not counted: a layer's whole gradient on its way (ZeRO-2, 3), the
-    gradients of activations, and what a library holds besides (buffers of nccl, fragments, the CUDA context).
+    gradients of activations, and what a library holds besides (DDP's buckets, unless gradients are views of them,
+    buffers of nccl, fragments, the CUDA context).
     """
     weight, gradient, optimizer = bytes_of(states)
     element = weight if element is None else element

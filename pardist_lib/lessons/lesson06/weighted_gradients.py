@@ -94,7 +94,8 @@ def _judge(seen, members, sizes, about):
 
 WHY = (
     "Each rank counts by its rows, so the sum is the mean over all rows. DDP divides by the number of ranks: "
-    "there one multiplies the loss by n · rows / all rows. Megatron sums losses and tokens, and divides once."
+    "there one multiplies the loss by n · rows / all rows. Megatron, told calculate_per_token_loss, sums losses and "
+    "tokens, and divides once; else it takes means of means."
 )
 
 exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

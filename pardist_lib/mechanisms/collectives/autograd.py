@@ -9,10 +9,14 @@ Each comes with a conjugate, and the backward of the one is the forward of the o
     all_gather_from_group    all-gather forward       reduce-scatter backward    "g" of sequence parallelism
     reduce_scatter_to_group  reduce-scatter forward   all-gather backward        "ḡ"
 
-The letters are those in the figures of Megatron's papers. Which one is right depends on what the ranks do next.
-`copy_to_group` and `all_gather_from_group` are for ranks that go on to *different* work with the same tensor: each
-finds a part of its gradient, and the parts are added. `gather_from_group` is for ranks that all go on to the *same*
-work: each finds the whole gradient by itself, and adding would count it n times.
+The letters are those in the figures of Megatron's papers. Its functions are called copy_to_tensor_model_parallel_region
+and so on, the last two gather_from_ and reduce_scatter_to_sequence_parallel_region. torch's own gathers with a backward
+(torch.distributed.nn, all_gather_tensor_autograd) are `all_gather_from_group`.
+
+Which one is right depends on what the ranks do next. `copy_to_group` and `all_gather_from_group` are for ranks that
+go on to *different* work with the same tensor: each finds a part of its gradient, and the parts are added.
+`gather_from_group` is for ranks that all go on to the *same* work: each finds the whole gradient by itself, and adding
+would count it n times.
 
 n: ranks of the group; S: bytes of the whole tensor. A tensor is cut along `dim` as torch.tensor_split cuts, so n need
 not divide it. `group`: a process group, None for all ranks; ValueError outside it. Inputs stay as they are.

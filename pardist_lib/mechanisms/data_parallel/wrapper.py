@@ -29,7 +29,8 @@ def all_reduce_hook(bucket, group):
 
 
 class DataParallel(UnevenBatches, nn.Module):
-    """Wraps a module so that `backward` leaves the mean of all ranks' gradients in every p.grad.
+    """Wraps a module so that `backward` leaves the mean of all ranks' gradients in every p.grad. As torch's
+    DistributedDataParallel does; torch.nn.DataParallel is another thing, one process with a thread for each GPU.
 
     At the start every rank takes over the parameters and buffers of the group's first rank. In each backward the
     gradients go into buckets in the reverse order of module.parameters(), about that in which they are computed. A full
