@@ -3,6 +3,12 @@
 They travel together, in buckets, and while the first buckets travel, backward is still computing the others (Li et al.,
 "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020, section 3). bucketed.py has this in a
 third of the lines; here stands what models and training loops ask for besides. checks.py refuses what would go wrong.
+
+Its pattern is torch's DistributedDataParallel (torch.nn.DataParallel is another thing, one process with a thread for
+each GPU), where three things are otherwise. A hook of `register_comm_hook` is called with (state, bucket), finds
+gradients that nobody has divided in bucket.buffer(), and returns a Future of what is to replace them. In `no_sync`
+forward has to be inside as well, or its backward sends. And with find_unused_parameters messages overlap still: DDP
+looks for the unused ones in the graph, when forward is over.
 """
 
 from contextlib import contextmanager
@@ -29,8 +35,7 @@ def all_reduce_hook(bucket, group):
 
 
 class DataParallel(UnevenBatches, nn.Module):
-    """Wraps a module so that `backward` leaves the mean of all ranks' gradients in every p.grad. As torch's
-    DistributedDataParallel does; torch.nn.DataParallel is another thing, one process with a thread for each GPU.
+    """Wraps a module so that `backward` leaves the mean of all ranks' gradients in every p.grad.
 
     At the start every rank takes over the parameters and buffers of the group's first rank. In each backward the
     gradients go into buckets in the reverse order of module.parameters(), about that in which they are computed. A full
@@ -43,17 +48,14 @@ class DataParallel(UnevenBatches, nn.Module):
     find_unused_parameters   as in DDP: needed where a backward does not reach every parameter. Ranks then tell each
                              other which ones they used, 1 byte a parameter more: what no rank used keeps None; where
                              some did, the others count as zeros. Nothing overlaps then: ranks that use different
-                             layers would start their buckets between different calls of the model. (DDP, which
-                             looks for the unused ones in the graph, after forward, does overlap.)
+                             layers would start their buckets between different calls of the model.
     sync_batch_norm          BatchNorm layers become `SyncBatchNorm`s, without which no step equals one process's.
     broadcast_buffers        before each forward in training, set buffers to the first rank's, as DDP does. Not the
                              default: SyncBatchNorm's are the same on all ranks anyway, and of a plain BatchNorm's
                              running statistics it would keep one rank's share only.
     comm_hook                `hook(bucket, group)` in all_reduce's place: it may start the exchange, and returns a
                              function that ends it, after which the sum over ranks stands in `bucket.flat` (where it
-                             finds this rank's gradients, divided by the number of ranks). See compression.py. Not
-                             DDP's: a hook of its `register_comm_hook` is called with (state, bucket), finds gradients
-                             that nobody has divided in `bucket.buffer()`, and returns a Future of what replaces them.
+                             finds this rank's gradients, divided by the number of ranks). See compression.py.
 
     Forward sends nothing (but buffers, BatchNorm's statistics). Backward all-reduces S bytes, the trainable
     parameters': as a ring, each rank sends 2·(n − 1)/n·S.
@@ -171,8 +173,7 @@ class DataParallel(UnevenBatches, nn.Module):
     def no_sync(self):
         """Inside, backward adds to this rank's own gradients and sends nothing: all micro-batches but the last.
 
-        The next backward outside averages the sums. Divide each micro-batch's loss by their number. (With DDP forward
-        has to be inside as well, or that backward sends.)
+        The next backward outside averages the sums. Divide each micro-batch's loss by their number.
         """
         before, self._syncing = self._syncing, False
         try:
