@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp._fully_shard import _fsdp_param as fsdp_param
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.distributed.tensor import debug as sharding
 from torch.nn.parallel import distributed as ddp
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -145,7 +145,8 @@ def _as_rank(rank, world_size, fn, args, kwargs):
         return result, noting.calls, watch.history()
     finally:
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # it would give the next world this one's groups
+        sharding._clear_python_sharding_prop_cache()  # they would give the next world this one's groups
+        sharding._clear_fast_path_sharding_prop_cache()
 
 
 class _Noting:

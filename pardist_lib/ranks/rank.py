@@ -61,8 +61,21 @@ def serve(folder, env, generation):
         os._exit(0)
 
 
+def backend_and_device(rank, size):
+    """By what the machine has: ("cpu:gloo,cuda:nccl", a GPU of its own), ("gloo", its share of one), ("gloo", CPU)."""
+    import torch
+    import torch.distributed as dist
+
+    gpus = torch.cuda.device_count()
+    if gpus >= size and dist.is_nccl_available():
+        return "cpu:gloo,cuda:nccl", torch.device("cuda", rank)
+    if gpus:  # nccl refuses two ranks on one GPU: they share it, and gloo carries their messages
+        return "gloo", torch.device("cuda", rank % gpus)
+    return "gloo", torch.device("cpu")
+
+
 def _join(folder, rank, size, generation):
-    """Choose backend and device by what the machine has, and join the group.
+    """Choose backend and device, and join the group.
 
     torchrun's MASTER_ADDR and MASTER_PORT would make rank 0 listen on every interface of the machine, without a
     key; a file in the session's private folder serves as well and listens nowhere.
@@ -73,13 +86,7 @@ def _join(folder, rank, size, generation):
     import torch.distributed as dist
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    gpus = torch.cuda.device_count()
-    if gpus >= size and dist.is_nccl_available():
-        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", rank)
-    elif gpus:  # nccl refuses two ranks on one GPU: they share it, and gloo carries their messages
-        backend, device = "gloo", torch.device("cuda", rank % gpus)
-    else:
-        backend, device = "gloo", torch.device("cpu")
+    backend, device = backend_and_device(rank, size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store = dist.FileStore(os.path.join(folder, f"store-{generation}"), size)

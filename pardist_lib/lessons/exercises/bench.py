@@ -14,7 +14,7 @@ from .judge import Wrong
 from .watch import CASE
 
 PATIENCE = 5.0  # seconds without a sign of life after which an answer hangs; right ones take milliseconds
-LONGEST = 60.0  # seconds after which an answer is stopped that goes on making calls
+LONGEST = 20.0  # seconds after which an answer is stopped that goes on making calls
 REPLACED = "The ranks were replaced: names that %%ranks cells had set are gone."
 _started = []
 

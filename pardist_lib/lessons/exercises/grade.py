@@ -24,7 +24,7 @@ from pathlib import Path
 from pardist_lib.pictures.table import Table
 
 MODULE = "pardist_lib.lessons.exercises.grade"
-LIMIT = 60.0  # seconds for one answer, from its first line on; a right one takes a second or two
+LIMIT = 30.0  # seconds for one answer, from its first line on; a right one takes a second or two
 START = 180.0  # seconds in which a worker has to be ready
 
 

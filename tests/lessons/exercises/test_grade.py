@@ -1,14 +1,16 @@
 """A class is graded: right and wrong answers, endless ones, ones that end their process, notebooks; nothing twice."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
 
-from pardist_lib.lessons.exercises import grade, solution
+from pardist_lib.lessons.exercises import grade, reader, solution
 
 RIGHT = "def shard_rows(n, rank, world_size):\n    return range(n * rank // world_size, n * (rank + 1) // world_size)\n"
 WRONG = "def shard_rows(n, rank, world_size):\n    return range(n)\n"
@@ -104,3 +106,48 @@ def test_the_command(tmp_path):
     done = subprocess.run([*command, "--csv", str(tmp_path / "t.csv")], capture_output=True, text=True, env=os.environ)
     assert "1 student" in done.stdout, done
     assert (tmp_path / "t.csv").read_text().startswith("student,passed,shard_rows")
+
+
+ENDLESS = [  # what is wrong with it; what stops it
+    ("def shard_rows(n, rank, world_size):\n    while True:\n        pass\n", "it does not come back"),
+    ("while True:\n    pass\n", "it does not end: stopped after 30 seconds"),
+    (
+        "import torch\nimport torch.distributed as dist\n\n\ndef average_gradients(model, group=None):\n"
+        "    while True:\n        dist.all_reduce(torch.ones(1), group=group)\n",
+        "it goes on and on",
+    ),
+    ("import time\n\n\ndef average_gradients(model, group=None):\n    time.sleep(10_000)\n", "it does not come back"),
+]
+
+
+@pytest.mark.share(0)  # with --whole: eight minutes
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("people", [30])
+def test_a_class_of_thirty_with_twenty_endless_answers(tmp_path, people):
+    names = [name for name, lesson in reader.exercises().items() if lesson == "00"]
+    right = {name: inspect.getsource(reader.reference(name)) for name in names}
+    expected = {}
+    for i in range(people):
+        student = tmp_path / f"student{i:02}" / "pardist_answers"
+        student.mkdir(parents=True)
+        for name, text in right.items():
+            text = f"import torch\nimport torch.distributed as dist\n\n\n{text}"
+            (student / f"{name}.py").write_text(f"# {i}\n{text}")
+        if i < 20:
+            text, said = ENDLESS[i % 4]
+            name = "average_gradients" if "average" in text else "shard_rows"
+            (student / f"{name}.py").write_text(f"# {i}\n{text}")
+            expected[student.parent.name] = name, said
+        elif i < 24:
+            (student / "shard_rows.py").write_text(["\0", "¿", "def shard_rows", "shard_rows = 3"][i - 20])
+            expected[student.parent.name] = "shard_rows", ""
+    began = time.monotonic()
+    found = grade.grade(tmp_path, "00")
+    took = time.monotonic() - began
+    for student, verdicts in found.items():
+        wrong, said = expected.get(student, ("", ""))
+        for name, verdict in verdicts.items():
+            assert verdict["status"] == ("failed" if name == wrong else "passed"), (student, name, verdict)
+            assert name != wrong or said in verdict["diagnosis"], (student, verdict)
+    print(f"{people} people, {len(right)} exercises: {took:.0f} s")
+    assert len(found) == people and took < 600
