@@ -94,7 +94,7 @@ print(_move_all())
 
 @pytest.mark.share(3)
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("n", [2, 3, 8])
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name[:2])
 def test_on_other_numbers_of_ranks(path, n, tmp_path, monkeypatch):
     runs_and_says_the_same(path, tmp_path, monkeypatch, {"Ranks(4": f"Ranks({n}"})

@@ -77,7 +77,7 @@ def record(fn, /, *args, memory=False, **kwargs):
         "use_device": "cuda" if torch.cuda.is_available() else None,
         "experimental_config": _ExperimentalConfig(profile_all_threads=True),
     }
-    with _members_of_groups() as members, _labelled_messages() as unknown_senders:
+    with _members_of_groups() as members, _labelled_messages() as unknown_senders, _undisturbed():
         with profiler.profile(**settings) as profile, _RecordFunctionFast(RUN):
             with watching() if memory else nullcontext() as watch:
                 result = fn(*args, **kwargs)
@@ -90,6 +90,20 @@ def record(fn, /, *args, memory=False, **kwargs):
     finally:
         if collecting:
             gc.enable()
+
+
+_DISTURBED = "the function started a profiler of its own, which ended the trace"
+
+
+@contextmanager
+def _undisturbed():
+    """Say what has happened where torch before 2.13 finds no profiler to stop; a newer one has only lost its events."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "disable Kineto profiler" not in str(error):
+            raise
+        raise RuntimeError(_DISTURBED) from None
 
 
 @contextmanager
@@ -168,7 +182,7 @@ def _read(events, members, unknown_senders):
     talk, operations, device = _sorted_out(events)
     run = [(start, -end) for start, end, _, name in talk if name == RUN]
     if len(run) != 1:
-        raise RuntimeError("the function started a profiler of its own, which ended the trace")
+        raise RuntimeError(_DISTURBED)
     calls, works = _calls(talk)
     _give_entries(calls, run[0][0])
     _give_works(calls, works)

@@ -18,6 +18,7 @@ from pardist_lib.measure.fake_ranks import CannotTrace, fake_trace
 from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.mechanisms.sharded import ShardedDataParallel
 from pardist_lib.mechanisms.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from tests.versions import since
 
 
 class Block(nn.Module):
@@ -201,6 +202,7 @@ def test_object_collectives_are_counted_as_real_ones(ranks_of):
         assert calls[0] == calls[1] and len(calls[0]) > 12
 
 
+@since("2.13", "a pipeline needs as many micro-batches as stages")
 def test_a_pipeline_without_shapes_is_told_to_give_them():
     def stage():
         made = PipelineStage(nn.Linear(4, 4), dist.get_rank(), 8, torch.device("cpu"))

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pardist_lib import RankError, torchrun
 from pardist_lib.measure import recording
 from pardist_lib.measure.trace import Event, Trace, record
+from tests.versions import since
 
 ALL = (0, 1, 2, 3)
 
@@ -53,6 +54,7 @@ def every_collective():
     return rank
 
 
+@since("2.13", "gloo has no all_to_all of lists")
 def test_payload_bytes_of_every_collective(ranks_of):
     trace = ranks_of(4).trace(every_collective)
     assert trace.results == [0, 1, 2, 3] and trace.world_size == 4
@@ -309,7 +311,9 @@ dist.destroy_process_group()
 def test_a_record_in_a_plain_program_leaves_send_and_receive_as_they_were(tmp_path):
     path = tmp_path / "program.py"
     path.write_text(PROGRAM)
-    assert torchrun(path, nproc=2, quiet=True) == ["[('send', 12), ('recv', 12)]\n"] * 2
+    # of torch 2.10 gloo says a line, too
+    said = [text.splitlines()[-1] for text in torchrun(path, nproc=2, quiet=True)]
+    assert said == ["[('send', 12), ('recv', 12)]"] * 2
 
 
 # ---- times ----------------------------------------------------------------------------------------------------

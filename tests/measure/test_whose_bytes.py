@@ -16,6 +16,7 @@ from pardist_lib.measure.trace import Trace, record
 from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.mechanisms.sharded import ShardedDataParallel
 from pardist_lib.mechanisms.tensor_parallel import ParallelMLP
+from tests.versions import since
 
 
 def made(trace, rank):
@@ -250,6 +251,7 @@ def pipelined(schedule, micro):
     return record(step)
 
 
+@since("2.13", "a pipeline sends its shapes, too")
 @pytest.mark.parametrize("schedule", ["ScheduleGPipe", "Schedule1F1B"])
 def test_pipelining(ranks_of, schedule):
     """A micro-batch's activation to the next stage, its gradient back: 2·16 floats each."""
