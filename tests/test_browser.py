@@ -78,6 +78,13 @@ def test_a_lesson_in_jupyterlab(path, tmp_path):
         assert not page.evaluate(BROKEN), "as it was committed"
         with watched(server) as memory:
             seconds = run_all(page)
+        for all_of_it in (
+            "expand-all-headings",
+            "show-all-cell-code",
+            "show-all-cell-outputs",
+        ):  # what is behind a fold
+            page.evaluate(f"() => jupyterapp.commands.execute('notebook:{all_of_it}')")
+        page.wait_for_timeout(1000)
         assert not page.evaluate(BROKEN)
         assert not page.evaluate(WORDLESS), "pictures without words"
         assert page.evaluate(CUT) == []
@@ -195,6 +202,8 @@ def move_all(page):
     many were moved."""
     boxes, moved = page.query_selector_all(".jp-Notebook .pardist-live"), 0
     for box, controls in zip(boxes, page.evaluate(LIVE), strict=True):
+        if box.query_selector("iframe"):  # a page of its own, the timeline
+            continue
         assert controls, "a widget without a control"
         seen = {box.evaluate(SHOWN)}
         handles = [
@@ -216,9 +225,14 @@ def move_all(page):
 
 def after(page, box, control, place, act):
     """What a widget shows after one of its controls was moved."""
-    box.scroll_into_view_if_needed()
     before, stood = box.evaluate(SHOWN), control.evaluate(place)
-    act()
+    for _ in range(3):  # the page may have moved below the mouse: a picture above has come
+        control.evaluate("c => c.scrollIntoView({block: 'center'})")
+        page.wait_for_timeout(200)
+        act()
+        page.wait_for_timeout(200)
+        if control.evaluate(place) != stood:
+            break
     assert control.evaluate(place) != stood, f"it cannot be moved: {box.inner_text()[:300]}"
     began, works = time.monotonic(), False
     while time.monotonic() - began < 90:
@@ -307,7 +321,8 @@ def picture_of(page, file, theme):
     )
     page.wait_for_timeout(800)
     tall = page.evaluate(
-        "() => document.querySelector('.jp-Notebook .jp-WindowedPanel-inner, .jp-Notebook').scrollHeight"
+        "() => Math.max(...[...document.querySelectorAll('.jp-Notebook, .jp-Notebook *')].slice(0, 9)"
+        ".map(e => e.scrollHeight))"
     )
     page.set_viewport_size({"width": WIDTH, "height": min(int(tall) + 200, 16_000)})
     page.wait_for_timeout(500)

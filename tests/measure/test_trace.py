@@ -155,6 +155,7 @@ def two_groups_at_once(key):
     [h.wait() for h in held]
 
 
+@since("2.11", "works of two groups at once may get each other's times")
 def test_work_of_two_groups_at_once_is_told_apart(ranks_of):
     trace = ranks_of(4).trace(two_groups_at_once, str(uuid.uuid4()))
     for rank in (0, 1):
