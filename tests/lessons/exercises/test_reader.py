@@ -66,6 +66,7 @@ def test_the_notebooks_blanks_are_the_solutions_signatures():
                 assert path.name.startswith(exercises.exercises()[name])
                 found.append(name)
     assert sorted(found) == sorted(NAMES), f"no notebook has the blank of {set(NAMES) - set(found)}"
+    assert found == NAMES, "progress() lists exercises in another order than the notebooks"
 
 
 def test_a_blank_with_words_is_a_blank():
