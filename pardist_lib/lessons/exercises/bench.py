@@ -11,7 +11,7 @@ from pardist_lib.ranks.session import FRESH, unsendable
 from ..worlds import in_world
 from .causes import likeliest_cause
 from .judge import Wrong
-from .watch import CASE
+from .watch import CASE, ENDLESS
 
 PATIENCE = 5.0  # seconds without a sign of life after which an answer hangs; right ones take milliseconds
 LONGEST = 20.0  # seconds after which an answer is stopped that goes on making calls
@@ -56,7 +56,11 @@ class Bench:
             raise Wrong(unsendable(self.answer, args, {}, error)) from None
         except RankError as error:
             self.printed = self._said()
-            raise self._explained(error, about, stuck, raises, n) from None
+            explained = self._explained(error, about, stuck, raises, n)
+            if ENDLESS in error.message and FRESH not in str(error):  # so many messages are still under way
+                self.ranks.restart()
+                explained.note = REPLACED
+            raise explained from None
         except RuntimeError as error:
             raise Blocked(str(error)) from None
         self.printed = self._said()
@@ -107,10 +111,10 @@ class Bench:
             said = f"rank {error.rank} sends to or receives from a rank that does not exist: {error.message}"
         elif error.message.endswith(" is None)"):
             said = f"{head.partition(':')[0]}: {' '.join(error.message.split())}"
-        elif "of type torch.Tensor" in error.message or "'NoneType'" in error.message:
-            said = f"{head} (something is None there?)"
         elif clause := likeliest_cause(error.cause, error.message, raises):
             said = f"{head.rstrip('.')}: {clause}"
+        elif "'NoneType'" in error.message:
+            said = f"{head} (something is None there?)"
         else:
             said = head
         if known := re.search(f"^{CASE}(.*)$", error.message, re.MULTILINE):
@@ -166,6 +170,8 @@ def _spot(error):
     """`In[3], line 7: dist.send(tensor, right)`"""
     if error.cell is None:
         return ""
+    if "_execution_engine" in error.details and error.cell == "graph.py":  # torch's own line: the reader has none there
+        return "in backward"
     source = re.search(rf"{re.escape(error.cell)}, line {error.line}, in .*\n +(.+)", error.details)
     return f"{error.cell}, line {error.line}" + (f": {source[1]}" if source else "")
 

@@ -20,10 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _LIBRARY = Path(__file__).parents[2]
 _SOLUTIONS = sorted((_LIBRARY / "lessons").glob("lesson*/solutions.py"))
 _REFERENCE = tuple(map(str, (f"{_LIBRARY / 'mechanisms'}/", f"{_LIBRARY / 'measure'}/", *_SOLUTIONS)))
+_GUARDS = str(_LIBRARY / "mechanisms" / "collectives" / "parts.py")  # looks at every optimizer's step, torch calls it
 _TORCH = f"{Path(dist.__file__).parent}/"
 _DDP = f"{Path(torch.__file__).parent}/nn/parallel/distributed.py"
 _READY_MADE = "average_parameters", "_sync_module_states", "_sync_params_and_buffers"
 CASE = "in the case: "
+MOST = 2000  # calls of one answer; with more it is in a loop without end, which shows signs of life for ever
+ENDLESS = f"it makes call after call, {MOST:,} by now: does one of its loops never end?"
 
 
 @dataclass
@@ -65,6 +68,7 @@ class _Noting(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls, self.works, self.ops, self.dtypes = [], [], set(), set()
+        self.inner = 0  # calls that torch has made of one: gloo's reduce_scatter of a list is a reduce for each rank
         self.under_way, self.early = [], ""  # messages since the last wait: (operation, its tensors)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -72,7 +76,12 @@ class _Noting(TorchDispatchMode):
         peer = args[2] if name in ("send", "recv_") else None
         if peer is not None and not 0 <= peer < dist.get_world_size():
             raise ValueError(f"there is no rank {peer}")  # gloo would wait for it
+        if len(self.calls) >= MOST:
+            raise RuntimeError(ENDLESS)
+        before = calls_so_far() if name == "reduce_scatter_" else 0
         result = function(*args, **(kwargs or {}))
+        if name == "reduce_scatter_":
+            self.inner += max(0, calls_so_far() - before - 1)
         if space == "c10d":
             self.calls.append(Call(_op(name), _bytes(args[0]), peer, _dtype(args[0]), _ranks(args)))
             self.works.append(result)
@@ -88,9 +97,10 @@ class _Noting(TorchDispatchMode):
 
     def _look_for_a_race(self, name, writes, args):
         """Two things at one tensor: what comes out is chance. A tensor that is sent may still be read."""
+        read = _spans(args) if writes or name in _READS else []
+        written = _spans(args[:1]) if writes else []
         for op, tensors in self.under_way:
-            touched = args[:1] if writes and op == "send" else args if writes or name in _READS and op != "send" else ()
-            if any(a < d and c < b for a, b in tensors for c, d in _spans(touched)):
+            if any(a < d and c < b for c, d in (written if op == "send" else read) for a, b in tensors):
                 self.early = f"{name} works on a tensor whose {op} is still under way"
 
 
@@ -177,7 +187,7 @@ def watched(answer, *args, **kwargs):
             sys.setprofile(None)
     seen.result, seen.calls, seen.ops, seen.dtypes = plain(result), noting.calls, noting.ops, noting.dtypes
     seen.unwaited = max(0, len(noting.works) - len(waited))
-    seen.hidden = max(0, calls_so_far() - before - len(noting.calls))
+    seen.hidden = max(0, calls_so_far() - before - len(noting.calls) - noting.inner)
     seen.early = noting.early
     return seen
 
@@ -228,9 +238,12 @@ def _waits(noting):
 
 
 def _called(frame):
-    """The name of a function that was entered; "" while its file is only being imported."""
+    """The name of a function that was entered; "" while its file is only being imported, or where it is not the answer
+    that calls it but a guard that the lesson has set up on this rank."""
     name = frame.f_code.co_name
     while frame is not None:
+        if frame.f_code.co_filename == _GUARDS:
+            return ""
         if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.startswith(_REFERENCE):
             return ""
         frame = frame.f_back

@@ -13,6 +13,7 @@ from torch.distributed import Work
 from pardist_lib.lessons.exercises import check
 from pardist_lib.lessons.exercises.watch import calls_so_far, watched
 from pardist_lib.lessons.worlds import group_of
+from pardist_lib.mechanisms.tensor_parallel import ColumnParallelLinear
 
 pytestmark = pytest.mark.usefixtures("ranks", "answers_folder")
 
@@ -97,3 +98,29 @@ def calls_of_all_threads():
 
 def test_calls_are_counted_where_nobody_looks(ranks):
     assert ranks.run(calls_of_all_threads) == [(2, 1, 1)] * 4
+
+
+def reduce_scatter_of_a_list():
+    n = dist.get_world_size()
+    return watched(lambda: dist.reduce_scatter(torch.empty(1), [torch.ones(1) for _ in range(n)]))
+
+
+def test_a_call_that_torch_makes_of_several_is_not_hidden(ranks):
+    for seen in ranks.run(reduce_scatter_of_a_list):
+        assert [call.op for call in seen.calls] == ["reduce_scatter"] and seen.hidden == 0
+
+
+def step_after_a_split():
+    ColumnParallelLinear(4, 4)  # from now on every optimizer's step is looked at on this rank
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+
+    def answer():
+        torch.nn.utils.clip_grad_norm_([p], 1.0)
+        torch.optim.SGD([p], lr=0.1).step()
+
+    return watched(answer)
+
+
+def test_a_guard_that_the_lesson_has_set_up_is_not_called_by_the_answer(ranks):
+    assert [seen.reference for seen in ranks.run(step_after_a_split)] == [""] * 4
