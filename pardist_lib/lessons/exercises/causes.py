@@ -3,9 +3,13 @@
 import re
 
 _CAUSES = [  # (in "Type: message", the clause; {1}, {2} … are the pattern's groups)
+    (r"mat1 and mat2 shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x\2\)",
+     "({1}, {2}) @ ({3}, {2}) wants the second one turned, .T"),
     (r"mat1 and mat2 shapes cannot be multiplied \((\d+)x(\d+) and (\d+)x(\d+)\)",
      "({1}, {2}) @ ({3}, {4}) needs {2} = {3}: is one of them cut along another dimension, or not turned with .T?"),
     (r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)",
+     "tensors of {1} and of {2} do not fit together: is one of them this rank's part, and the other one whole?"),
+    (r"expanded size of the tensor \((\d+)\) must match the existing size \((\d+)\)",
      "tensors of {1} and of {2} do not fit together: is one of them this rank's part, and the other one whole?"),
     (r"output with shape .* doesn't match the broadcast shape", "what is written is larger than where it is to go"),
     (r"size mismatch, got input \((\d+)\), mat \((\d+)x(\d+)\)",
@@ -13,7 +17,10 @@ _CAUSES = [  # (in "Type: message", the clause; {1}, {2} … are the pattern's g
     (r"IndexError: index (-?\d+) is out of bounds for dimension \d+ with size 0",
      "there is nothing in it: with few elements a rank can have none (chunk can leave the last ranks without)"),
     (r"IndexError: (list|tuple) index out of range",
-     "there are fewer parts than ranks: torch.chunk can give fewer, tensor_split always gives n"),
+     "there are fewer parts than ranks: torch.chunk can give fewer, split(n) cuts parts of n each, tensor_split(n) "
+     "always gives n"),
+    (r"IndexError: list assignment index out of range",
+     "is a rank of the world used in a smaller group? dist.get_rank(group) counts in the group"),
     (r"IndexError: index (-?\d+) is out of bounds for dimension (\d+) with size (\d+)",
      "the last one has the number {3} - 1: is it counted from 1, or is a rank of the world used in a smaller group?"),
     (r"IndexError: Dimension out of range|Dimension specified as 0 but tensor has no dimensions|"
@@ -43,6 +50,7 @@ _CAUSES = [  # (in "Type: message", the clause; {1}, {2} … are the pattern's g
     (r"Can't call numpy\(\) on Tensor that requires grad", ".detach() comes first"),
     (r"result type (\w+) can't be cast to the desired output type (\w+)",
      "{1} does not fit into {2} in place: there are tensors of other types than float32"),
+    (r"different dtypes", "two tensors of different types meet: torch.empty_like(t) makes room in t's own type"),
     (r"same dtype|expected scalar type (\w+) but found (\w+)|dtype .* to be the same",
      "two tensors of different types meet: was one made without dtype=?"),
     (r"(min|max)\(\) (arg|iterable argument) is (an )?empty",
@@ -53,6 +61,17 @@ _CAUSES = [  # (in "Type: message", the clause; {1}, {2} … are the pattern's g
      "a tensor is asked for a yes or no: (…).all(), torch.equal, or `is None` say what is meant"),
     (r"a Tensor with \d+ elements cannot be converted to Scalar",
      ".item() takes a tensor of one element: which of them is meant?"),
+    (r"(forward|backward)\(\) takes \d+ positional arguments? but",
+     "the two halves of an autograd.Function are given ctx first"),
+    (r"incorrect number of gradients \(expected (\d+), got (\d+)\)",
+     "backward returns a gradient for each argument that forward has after ctx, and None for what is no tensor (a "
+     "group): {1} of them"),
+    (r"returned an invalid gradient at index \d+ - got \[(.*)\] but expected shape compatible with \[(.*)\]",
+     "what backward returns is the gradient of what forward was given, so it has that shape, ({2})"),
+    (r"has to be a tensor, but got NoneType|'NoneType' object has no attribute 'wait'",
+     "a collective works in place and returns None, or, with async_op=True, a work to wait for"),
+    (r"of type torch.Tensor.*\n?.*NoneType", "it is None there: the p.grad of a frozen or unused parameter?"),
+    (r"of type torch.Tensor.*\n?.*class '(int|float)'", "it is a number there: torch.tensor(…) makes a tensor of it"),
     (r"missing \d+ required positional argument|takes \d+ positional arguments? but|unexpected keyword argument",
      "the call does not fit the function it calls"),
     (r"UnboundLocalError", "it gets its value in a branch that was not taken here"),

@@ -92,9 +92,12 @@ def _for_each(value, count):
 def _other_kind(got, expected, what):
     """What is wrong where `got` is not even a tensor of the right shape and dtype, else None."""
     if got is None:
-        return f"{what} is None: does the function end without a return?"
+        inplace = " (What a collective returns is None, too: it works in place.)" * bool(expected.dim())
+        return f"{what} is None: does the function end without a return?{inplace}"
     if isinstance(got, Other):
         return f"{what} is of type {got.type}, where {_kind(expected)} is asked for"
+    if isinstance(got, (list, tuple)) and got and isinstance(got[0], torch.Tensor):
+        return f"{what} is a {type_of(got)} of {len(got)} tensors, where {_kind(expected)} is asked for"
     if not isinstance(got, torch.Tensor):
         return f"{what} is {str(got)[:60]!r} ({type_of(got)}), where {_kind(expected)} is asked for"
     if got.shape != expected.shape:
@@ -114,7 +117,7 @@ def _pattern(got, expected, before, what, tolerance):
     if before is not None and equal(got, before):
         return f"{what} is as it was before the call"
     if not g.any():
-        return f"{what} is zero everywhere"
+        return f"{what} is {'0' if got.dim() == 0 else 'zero everywhere'}"
     if torch.allclose(g, e, 1e-5, 1e-6):
         return f"{what} is right to about 7 digits only: float64 values went through float32"
     if got.dim() == 0:

@@ -42,6 +42,8 @@ def test_a_mistake_of_another_shape_or_type():
     (X * 3, "in the result elements 1 to 5"), (X.double() + 1, "is float64, where float32"),
     (X.flip(0), "in the wrong places"),
     (torch.zeros(2, 3), "is zero everywhere"), (X + float("nan"), "contains NaN"),
+    ([X, X], "is a list of 2 tensors, where a float32 tensor of shape (2, 3)"),
+    (None, "What a collective returns is None, too"),
 ])  # fmt: skip
 def test_a_difference_in_one_sentence(got, said):
     assert said in refused([got], X).diagnosis
