@@ -41,9 +41,11 @@ CASES = [  # ranks, shape of x, in, out, dtype, bias; what is new in it
 
 
 RAISES = [
+    (r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and \d+x\1\)",
+     "the weight is kept as (out, in), so it has to be turned: x @ w.T"),
     (r"mat1 and mat2|size mismatch",
-     "is the weight cut along dim=1, its input features? An output feature is a row of it, dim=0"),
-    (r"size of tensor a|broadcast|shape .* is invalid",
+     "is the weight cut along dim=1, its input features? An output feature is a row of it, dim=0 (of weight.T, dim=1)"),
+    (r"size of tensor a|expanded size|broadcast|shape .* is invalid",
      "is the bias still whole? To this rank's output features belongs the same part of it"),
 ]  # fmt: skip
 
@@ -82,6 +84,7 @@ def _judge(seen, inputs, features, about):
         "the weight is this rank's part, but the bias is rank 0's: it is cut the same way": first_bias,
         "rank r has every n-th feature, from r on: the parts are to be contiguous": nth,
         "the parts are in reverse order": expected[::-1],
+        "rank r has the part of rank r - 1": expected[-1:] + expected[:-1],
     }
     same(got, expected, "the result", about, mistakes.items())
     for rank, one in enumerate(seen):

@@ -63,11 +63,15 @@ def _judge(members, mine, seen, beside, about):
         return [value + g * beside for g in own]
 
     ignored = "the group argument is ignored: this is the sum over all ranks"
-    alone = "nothing is added up: each rank passes on its own part of the gradient (the all_reduce is missing)"
+    alone = "nothing is added up: each rank passes on its own part of the gradient (the all_reduce is missing"
+    alone += ", or nobody calls this backward: is it Copy.apply(x)?)"
     other = "what x gets from its other use is added up over the ranks, too: give the result a hook of its own, not x"
     mistakes = {
         ignored: and_beside(everyone) if n < len(seen) else None,
         alone: [g * (1 + beside) for g in own],
+        f"its own part times {n}: the others' parts are other numbers, so they have to be sent (all_reduce)": [
+            g * (n + beside) for g in own
+        ],
         f"divided by {n}: parts of a gradient are summands, their mean is {n} times too small": and_beside(total / n),
         f"{n} times too large: every rank had the sum, and it was added up again": and_beside(n * total),
         other: 2 * total if beside else None,

@@ -22,7 +22,7 @@ def check(run):
     for seed, (n, shape, dtype, kind, new) in enumerate(CASES):
         about = f"{n} ranks, each with x {shape}" + (", groups (0, 2) and (1, 3)" if kind == "pairs" else "")
         with what_is_new(new):
-            seen = run(_gather, shape, dtype, kind, seed, n=n, about=about)
+            seen = run(_gather, shape, dtype, kind, seed, n=n, about=about, raises=RAISES)
             only_calls(seen, ("all_gather",), OTHER_CALLS)
             untouched(seen, about)
             xs, groups = [one.kept["given"]["x"] for one in seen], groups_of(kind == "pairs", n)
@@ -42,6 +42,11 @@ CASES = [  # ranks, shape, dtype, what kind of case it is, what is new in it
     (4, (3, 2), F64, "pairs", "in two groups of 2 ranks"),
     (4, (3,), F32, "data", "where x needs no gradient"),
 ]
+RAISES = [
+    (r"invalid output tensor list",
+     "all_gather_into_tensor puts the parts one under the other, along the first dimension: all_gather into a list of "
+     "n tensors, then torch.cat(parts, -1)"),
+]  # fmt: skip
 OTHER_CALLS = {
     "all_reduce": "forward calls all_reduce, which adds the parts up: side by side they are gathered",
     "": "forward calls {op}: one all_gather is all that is needed",
@@ -66,17 +71,25 @@ def _judge_forward(members, everyone, got, about):
     whole, n = _side_by_side(*xs), len(members)
     under = "the parts lie one under the other: torch.cat(parts, -1) puts features side by side"
     ways = [(under, wrong) for wrong in (torch.cat(xs), torch.stack(xs), torch.cat(everyone))]
+    if xs[0].dim() > 2:
+        ways.append(("features are the last dimension, -1, however many there are", torch.cat(xs, 1)))
+    ways += [("stack makes a new dimension: torch.cat(parts, -1) puts features side by side", torch.stack(xs, -1))]
     ways += [("the group argument is ignored: these are all ranks' features", _side_by_side(*everyone))]
     for rank, result in zip(members, got, strict=True):
         for why, wrong in ways:
             if wrong.shape != whole.shape and equal(result, wrong):
                 raise Wrong(why, f"rank {rank}, {about}", str(tuple(whole.shape)), str(tuple(wrong.shape)))
+    once = "every part is the last rank's: [t] * n is one tensor n times, where n tensors are to be filled"
     own_first = [_side_by_side(xs[i], *xs[:i], *xs[i + 1 :]) for i in range(n)]
     mistakes = {
         "the parts are in reverse order": _side_by_side(*xs[::-1]),
         "a rank's own part comes first: rank 0's is first on every rank": own_first,
         "x stands where rank 0's part belongs, not in its own place": [_side_by_side(x, *xs[1:]) for x in xs],
         "every part is the rank's own": [_side_by_side(*[x] * n) for x in xs],
+        once: _side_by_side(*[xs[-1]] * n),
+        f"{once}, but in its own place": [
+            _side_by_side(*[x if i == at else xs[-1] for i in range(n)]) for at, x in enumerate(xs)
+        ],
     }
     same(got, whole, "the result", about, mistakes.items(), labels=members)
 

@@ -37,7 +37,15 @@ def check(run):
         },
         "backward's gathers are counted, forward's are not: an output in parts is gathered, too": {"gathers": (0, 1)},
     }
+    share = "is counted as one rank's part, S/n: S is the size of what all ranks' parts make together"
     mistakes = {why: partial(_bytes, **how) for why, how in mistakes.items()} | {
+        f"what is gathered {share}": lambda *a: _bytes(*a, gathers=(1 / a[-1], 1 / a[-1])),
+        f"what is as wide as hidden {share}": lambda o, t, w, h, n: _bytes(o, t, w, h / n, n),
+        "tokens are not counted: every token's numbers travel": lambda o, t, *a: _bytes(o, 1, *a),
+        "these are the weights' bytes, tokens or not: the weights stay, it is what the layers compute that travels": (
+            lambda o, t, w, h, n: 2 * (n - 1) / n * 4 * 2 * w * h
+        ),
+        "zero: (n - 1) // n is an integer division": lambda *a: 0,
         "every order is counted like column, row": lambda order, *a: _bytes("column, row", *a),
         "width and hidden are swapped": lambda o, t, w, h, n: _bytes(o, t, h, w, n),
     }

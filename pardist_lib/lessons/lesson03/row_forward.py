@@ -64,6 +64,12 @@ def _judge(members, mine, seen, about):
     own, bias = [_summand(one) for one in mine], mine[0].kept["given"]["bias"]
     total, bias = sum(own), everywhere.new_zeros(everywhere.shape[-1]) if bias is None else bias
     ignored = "the group argument is ignored: this is the sum over all ranks"
+    alone = "nothing was added up: each rank has its own summand"
+    if mine[0].calls:
+        alone = "the sum was made in a copy that is not returned: each rank has its own summand"
+    elif mine[0].kept["back"].calls:
+        alone += " (this is f, which adds up backward; here the summands of forward are to be added)"
+    again = "x and weight are cut once more: they are this rank's parts already"
     mistakes = {
         ignored: everywhere + bias if n < len(seen) else None,
         f"{ignored}, with a bias from each": everywhere + len(seen) * bias if n < len(seen) else None,
@@ -72,8 +78,9 @@ def _judge(members, mine, seen, about):
             total + bias * (r == members[0]) for r in members
         ],
         "the bias is left out": total,
-        "nothing was added up: each rank has its own summand": [y + bias for y in own],
-        "nothing was added up: each rank has its own summand, without the bias": own,
+        alone: [y + bias for y in own],
+        f"{alone}, without the bias": own,
+        again: sum(_summand(one, n, place) for place, one in enumerate(mine)) + bias,
         f"divided by {n}: the output is the sum of the summands, not their mean": total / n + bias,
         f"divided by {n}, bias and all: the output is the sum of the summands, not their mean": total / n + bias / n,
         "it takes the MAX over the ranks, not the sum": torch.stack(own).amax(0) + bias,
@@ -94,8 +101,9 @@ def _judge(members, mine, seen, about):
     judge_gradients(members, mine, back, mistakes, about, free="every rank has the whole gradient already")
 
 
-def _summand(one):
-    return one.kept["given"]["x"] @ one.kept["given"]["weight"].T
+def _summand(one, n=1, place=0):
+    x, weight = (one.kept["given"][name].tensor_split(n, -1)[place] for name in ("x", "weight"))
+    return x @ weight.T
 
 
 why = (

@@ -1,5 +1,7 @@
 """What the exercises about layers share: a linear layer, the way there and back, and how its gradients are judged."""
 
+import warnings
+
 import torch
 from torch.nn import functional as F
 
@@ -37,18 +39,35 @@ def there_and_back(answer, inputs, g, needs_grad=True, beside=False, **options):
         return results[0]
 
     seen, [y] = call(keeping, inputs, **options), results
+    if isinstance(y, torch.autograd.Function):
+        name = type(y).__name__
+        raise TypeError(f"{name}(x) only makes an object of the class; {name}.apply(x) calls it")
     knows, before, back = getattr(y, "requires_grad", False), g.clone(), Seen()
     if knows and y.shape == g.shape:
         end = torch.cat([y.flatten(), inputs["x"].flatten()]) if beside else y
-        back = watched(end.backward, torch.cat([g.flatten(), g.flatten()]) if beside else g)
+        with warnings.catch_warnings():  # torch's, on a collective that autograd passes over: the gradients tell
+            warnings.filterwarnings("ignore", "c10d::")
+            back = watched(end.backward, torch.cat([g.flatten(), g.flatten()]) if beside else g)
     for name in ("reference", "torchs", "hidden"):
         setattr(seen, name, getattr(seen, name) or getattr(back, name))
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf is not None}
     seen.kept |= {"g": before, "intact": torch.equal(g, before), "knows": knows, "back": back, "grads": grads}
+    seen.kept["leads to"] = [name for name, leaf in leaves.items() if knows and _leads_to(leaf, y)]
     return seen
 
 
-CUT = "detach(), .data or a copy that autograd knows nothing of cuts it off"
+def _leads_to(leaf, y):
+    """Whether autograd's way back from y comes to this leaf."""
+    nodes, known = [y.grad_fn], set()
+    while nodes:
+        if (node := nodes.pop()) is not None and node not in known:
+            known.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    return leaf is not None and any(getattr(node, "variable", None) is leaf for node in known)
+
+
+CUT = "detach(), .data, a new Parameter or a copy that autograd knows nothing of cuts it off"
+NOTHING = "does it end without a return, or return what dist.all_reduce returned, which is None?"
 
 
 def judge_gradients(members, mine, expected, mistakes, about, lost=CUT, free=""):
@@ -69,6 +88,8 @@ def judge_gradients(members, mine, expected, mistakes, about, lost=CUT, free="")
             if len(missing) == len(members):
                 known = f"come back to {name}" if mine[0].kept["knows"] else "know where the result comes from"
                 why = f"autograd does not {known}, and `{name}` gets no gradient: {lost}"
+                if name in mine[0].kept["leads to"]:
+                    why = f"backward gives None for `{name}`: {NOTHING}"
             raise Wrong(f"the result is right, but {why}", f"{plural(missing)}, {name}.grad, {about}")
         got = [w if g is None else g for g, w in zip(got, wanted, strict=True)]
         same(got, wanted, f"{name}.grad", about, mistakes.get(name, {}).items(), labels=members)

@@ -150,3 +150,40 @@ def cuts_the_inputs(x, weight, bias):
 @mistake("column_forward", "is the bias still whole? To this rank's output features belongs the same part of it")
 def adds_the_whole_bias(x, weight, bias):
     return x @ weight.tensor_split(dist.get_world_size())[dist.get_rank()].T + bias
+
+
+@mistake("column_forward", "so it has to be turned: x @ w.T")
+def does_not_turn_the_weight(x, weight, bias):
+    rank, n = place()
+    return x @ weight.tensor_split(n)[rank]
+
+
+@mistake("column_forward", "(of weight.T, dim=1)")
+def cuts_rows_of_the_turned_weight(x, weight, bias):
+    rank, n = place()
+    return x @ weight.T.tensor_split(n)[rank]
+
+
+@mistake("column_forward", "is the bias still whole?")
+def the_whole_bias_in_linear(x, weight, bias):
+    rank, n = place()
+    return F.linear(x, weight.tensor_split(n)[rank], bias)
+
+
+@mistake("column_forward", "split(n) cuts parts of n each")
+def splits_into_fours(x, weight, bias):
+    rank, n = place()
+    return F.linear(x, weight.split(n)[rank], bias.split(n)[rank])
+
+
+@mistake("column_forward", "rank r has the part of rank r - 1")
+def one_rank_off(x, weight, bias):
+    rank, n = place()
+    return F.linear(x, weight.tensor_split(n)[rank - 1], None if bias is None else bias.tensor_split(n)[rank - 1])
+
+
+@mistake("column_forward", "a new Parameter")
+def a_linear_layer_of_new_parameters(x, weight, bias):
+    rank, n = place()
+    own = torch.nn.Parameter(weight.tensor_split(n)[rank])
+    return F.linear(x, own, None if bias is None else bias.tensor_split(n)[rank])

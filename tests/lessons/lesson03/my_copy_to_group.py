@@ -125,3 +125,62 @@ def asynchronous_and_in_place(x, group=None):
         return total
 
     return function(lambda x: x, backward)(x)  # forward gives back what it got, as Megatron's does
+
+
+class WithGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return summed(g, ctx.group)
+
+
+@mistake("my_copy_to_group", "None for what is no tensor (a group): 2 of them")
+def one_gradient_for_two_arguments(x, group=None):
+    return WithGroup.apply(x, group)
+
+
+@mistake("my_copy_to_group", "WithGroup.apply(x) calls it")
+def makes_an_object(x, group=None):
+    return WithGroup(x, group)
+
+
+@mistake("my_copy_to_group", "is it Copy.apply(x)?")
+def calls_forward(x, group=None):
+    class Copy(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return summed(g, group)
+
+    return Copy.forward(None, x)
+
+
+@mistake("my_copy_to_group", "are given ctx first")
+def forgets_ctx(x, group=None):
+    class Copy(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(g):
+            return summed(g, group)
+
+    return Copy.apply(x)
+
+
+@mistake("my_copy_to_group", "backward gives None for `x`: does it end without a return")
+def returns_what_all_reduce_returns(x, group=None):
+    return function(lambda x: x.view_as(x), lambda g: dist.all_reduce(g.clone(), group=group))(x)
+
+
+@mistake("my_copy_to_group", "its own part times 4")
+def multiplies_by_the_ranks(x, group=None):
+    return function(lambda x: x.view_as(x), lambda g: g * dist.get_world_size(group))(x)

@@ -116,3 +116,59 @@ def stacked(x, group=None):
     whole = x.new_empty(dist.get_world_size(group), *x.shape)
     dist.all_gather_into_tensor(whole, x.detach().contiguous(), group=group)
     return torch.cat(list(whole), -1)
+
+
+@mistake("my_gather_from_group", "[t] * n is one tensor n times")
+def one_tensor_four_times(x, group=None):
+    parts = [torch.empty_like(x)] * dist.get_world_size(group)
+    dist.all_gather(parts, x.detach(), group=group)
+    return torch.cat(parts, -1)
+
+
+@mistake("my_gather_from_group", "but in its own place")
+def one_tensor_but_for_its_own(x, group=None):
+    rank, n = place(group)
+    parts = [torch.empty_like(x)] * n
+    dist.all_gather(parts, x.detach(), group=group)
+    parts[rank] = x
+    return torch.cat(parts, -1)
+
+
+@mistake("my_gather_from_group", "features are the last dimension, -1")
+def along_dimension_1(x, group=None):
+    parts = gathered(x, group)
+    parts[dist.get_rank(group)] = x
+    return torch.cat(parts, 1 if x.dim() > 1 else 0)
+
+
+@mistake("my_gather_from_group", "stack makes a new dimension")
+def stacks(x, group=None):
+    return torch.stack(gathered(x, group), -1)
+
+
+@mistake("my_gather_from_group", "dist.get_rank(group) counts in the group")
+def the_worlds_rank(x, group=None):
+    parts = gathered(x, group)
+    parts[dist.get_rank()] = x
+    return torch.cat(parts, -1)
+
+
+@mistake("my_gather_from_group", "so it has that shape, (3, 2)")
+def the_whole_gradient(x, group=None):
+    return function(lambda x: torch.cat(gathered(x, group), -1), lambda g: g)(x)
+
+
+@mistake("my_gather_from_group", "adding 4 equal ones counts it 4 times")
+def reduce_scatters(x, group=None):
+    def backward(g):
+        slices = [part.contiguous() for part in g.tensor_split(dist.get_world_size(group), -1)]
+        own = torch.empty_like(slices[0])
+        dist.reduce_scatter(own, slices, group=group)
+        return own
+
+    return function(lambda x: torch.cat(gathered(x, group), -1), backward)(x)
+
+
+@mistake("my_gather_from_group", "the result is a list of 4 tensors")
+def returns_the_list(x, group=None):
+    return gathered(x, group)

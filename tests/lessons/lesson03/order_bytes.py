@@ -76,3 +76,28 @@ def gathers_backward_only(order, tokens, width, hidden, n):
 @mistake("order_bytes", "width and hidden are swapped")
 def swapped(order, tokens, width, hidden, n):
     return (n - 1) / n * halves(order, tokens, hidden, width)
+
+
+@mistake("order_bytes", "what is gathered is counted as one rank's part")
+def gathers_of_a_part(order, tokens, width, hidden, n):
+    return (n - 1) / n * halves(order, tokens, width, hidden, gather=1 / n)
+
+
+@mistake("order_bytes", "tokens are not counted")
+def without_tokens(order, tokens, width, hidden, n):
+    return (n - 1) / n * halves(order, 1, width, hidden)
+
+
+@mistake("order_bytes", "what is as wide as hidden is counted as one rank's part")
+def hidden_of_a_rank(order, tokens, width, hidden, n):
+    return (n - 1) / n * halves(order, tokens, width, hidden / n)
+
+
+@mistake("order_bytes", "these are the weights' bytes")
+def weights_travel(order, tokens, width, hidden, n):
+    return 2 * (n - 1) / n * 4 * 2 * width * hidden
+
+
+@mistake("order_bytes", "(n - 1) // n is an integer division")
+def divides_whole_numbers(order, tokens, width, hidden, n):
+    return (n - 1) // n * halves(order, tokens, width, hidden)

@@ -183,3 +183,34 @@ def a_functional_collective(x, weight, bias, group=None):
 def a_functional_collective_with_its_own_backward(x, weight, bias, group=None):
     y = functional.all_reduce(x @ weight.T, "sum", group or dist.group.WORLD)
     return y if bias is None else y + bias
+
+
+@mistake("row_forward", "x and weight are cut once more")
+def cuts_what_is_cut(x, weight, bias, group=None):
+    rank, n = dist.get_rank(group), dist.get_world_size(group)
+    y = g_of(x.tensor_split(n, -1)[rank] @ weight.tensor_split(n, -1)[rank].T, group)
+    return y if bias is None else y + bias
+
+
+@mistake("row_forward", "What a collective returns is None, too")
+def returns_what_all_reduce_gives(x, weight, bias, group=None):
+    y = F.linear(x, weight)
+    return dist.all_reduce(y.data, group=group)
+
+
+@mistake("row_forward", "the sum was made in a copy that is not returned")
+def returns_the_summand(x, weight, bias, group=None):
+    y = F.linear(x, weight)
+    summed(y.detach(), group)
+    return y if bias is None else y + bias
+
+
+@mistake("row_forward", "this is f, which adds up backward")
+def f_in_place_of_g(x, weight, bias, group=None):
+    y = function(lambda y: y.view_as(y), lambda g: summed(g, group))(F.linear(x, weight))
+    return y if bias is None else y + bias
+
+
+@mistake("row_forward", "(3, 2) @ (5, 2) wants the second one turned, .T")
+def does_not_turn_the_weight(x, weight, bias, group=None):
+    return g_of(x @ weight, group)
