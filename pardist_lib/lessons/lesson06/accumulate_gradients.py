@@ -17,6 +17,7 @@ hints = (
     "The mean over k micro-batches: divide each loss by k before its backward. That over ranks: afterwards, once.",
     "Start with model.zero_grad(), or an old gradient is counted.",
 )
+ROWS = 2  # of a micro-batch: another number than that of micro-batches, so that dividing by the wrong one shows
 OLD = 99  # the rows of the gradient that is there before the call; the micro-batches have 10, 11, …
 
 
@@ -36,7 +37,7 @@ def check(run):
 def _accumulated(answer, k, dtype, in_pairs):
     rank, model = dist.get_rank(), Sample(3, dtype)
     loss_of(model, rows_of_rank(OLD, rank, dtype)).backward()
-    asked = [(rows_of_rank(10 + i, rank, dtype), i) for i in range(k)]
+    asked = [(_rows(i, rank, dtype), i) for i in range(k)]
     batches, given, came_back, in_turn, alive, saved = list(asked), [], [], [], [], []
 
     class Box:  # stands for a tensor that autograd keeps, and is gone when backward has let go of it
@@ -56,22 +57,27 @@ def _accumulated(answer, k, dtype, in_pairs):
 
     seen = watched_on(model, lambda: answer(model, batches, loss_fn, **own_group(in_pairs)))
     as_given = [i for _, i in batches] == list(range(k))
-    as_given = as_given and all(torch.equal(x, rows_of_rank(10 + i, rank, dtype)) for x, i in asked)
+    as_given = as_given and all(torch.equal(x, _rows(i, rank, dtype)) for x, i in asked)
     seen.kept |= {"given": given, "in turn": all(in_turn), "alive": any(alive), "as given": as_given}
     seen.kept["training"] = model.training
     return seen
 
 
-def _gradients_of(number, rank, dtype):
+def _rows(micro, rank, dtype):
+    return rows_of_rank(10 + micro, rank, dtype)[:ROWS]
+
+
+def _gradients_of(micro, rank, dtype):
     model = Sample(3, dtype)
-    loss_of(model, rows_of_rank(number, rank, dtype)).backward()
+    loss_of(model, _rows(micro, rank, dtype)).backward()
     return gradients(model)
 
 
 def _judge_means(members, mine, k, dtype, everyone, about):
     """Raise Wrong unless p.grad is the mean over ranks and micro-batches. Returns {name: (mean,)}."""
     n, means = len(members), {}
-    parts = [[_gradients_of(10 + i, rank, dtype) for i in range(k)] for rank in members]
+    parts = [[_gradients_of(i, rank, dtype) for i in range(k)] for rank in members]
+    by_rows = "loss_of gives a mean over its rows already: divide by the number of micro-batches"
     early = "the ranks' mean is made before the last micro-batch is in: add up first, exchange once at the end"
     for name, old, after in each_gradient(members, mine, about):
         first, last = (sum(rank[at][name] for rank in parts) for at in (0, -1))
@@ -85,7 +91,10 @@ def _judge_means(members, mine, k, dtype, everyone, about):
             ("it is divided twice by the number of ranks", mean / n),
             (f"it is divided twice by {k}, the number of micro-batches", mean / k),
             ("only the last micro-batch is in it: zero_grad between them throws the others away", last / n),
-            ("only the last micro-batch is in it, and divided once too often", last / n / k),
+            (f"only the last micro-batch is in it, divided by {k}: zero_grad between them throws the others away",
+             last / n / k),
+            (f"divided by the {ROWS} rows of a micro-batch: {by_rows}", mean * k / ROWS),
+            (f"divided by all rows, {k * ROWS}: {by_rows}", mean / ROWS),
             ("the old gradient is still in it: zero_grad() first", mean + old),
             ("the old gradient is still in it: zero_grad() first", mean * k + old),
             (f"divided by the number of all ranks, {everyone}, where the group has {n}", mean * n / everyone),
@@ -110,7 +119,7 @@ def _judge_way(members, mine, k, size, about):
         if k > 1 and made == k * size:
             why = f"the result is right, but it sends {k} times: once, after the last micro-batch, is enough"
             raise Wrong(why, where, f"{size:,} bytes", f"{made:,} bytes")
-        if sorted(given) != [(i, 3) for i in range(k)]:
+        if sorted(given) != [(i, ROWS) for i in range(k)]:
             why = "one forward of each is enough" if len(given) > k else "together they do not fit in memory"
             shown = f"loss_of for each of {k} micro-batches", f"{len(given)} calls"
             raise Wrong(f"loss_of has to see each micro-batch once, as it is: {why}", where, *shown)

@@ -31,7 +31,7 @@ def check(run):
     ]
     for n, dtype, case, about in cases:
         stuck = "rank 1 does not make the calls that the others make: its gradients are zero here, and count"
-        seen = run(_hooked, dtype, case, n=n, about=about, stuck=stuck * (case == "zeros"))
+        seen = run(_hooked, dtype, case, n=n, about=about, stuck=stuck * (case == "zeros"), raises=RAISES)
         try:
             judge_average(seen, groups_of(case == "in pairs", n), about)
         except Wrong as wrong:
@@ -39,6 +39,11 @@ def check(run):
                 wrong.diagnosis = f"a hook is given the parameter p, not its gradient p.grad: {wrong.diagnosis}"
             elif wrong.diagnosis.startswith("only extra.bias is averaged"):
                 wrong.diagnosis += ". Does the hook use the loop's variable, which is the last parameter by then?"
+            elif wrong.diagnosis.startswith("nothing was exchanged") and case == cases[0][2]:
+                why = "p.grad is None before the first backward, so p.requires_grad tells which have one"
+                wrong.diagnosis += f". Is a hook registered with each parameter? ({why})"
+            elif "was not divided by" in wrong.diagnosis:
+                wrong.diagnosis += " (p.grad / n alone makes a new tensor: p.grad /= n)"
             elif case == "placed":
                 why = "register_hook is given a gradient on its way: the layers below are computed from the same tensor"
                 wrong.diagnosis = f"{why}, so average a copy of it ({wrong.diagnosis})"
@@ -46,6 +51,16 @@ def check(run):
         for rank, one in enumerate(seen):
             for why in one.kept["besides"]:
                 raise Wrong(why, f"rank {rank}, {about}")
+
+
+RAISES = [
+    (r"doesn't require gradient", "a frozen parameter has no gradient to wait for: ask p.requires_grad"),
+    (r"of type torch.Tensor.*\n?.*NoneType",
+     "p.grad is not there yet. Is the hook called at once, hook(p), where hook is to be handed over? Or is it a "
+     "register_hook, which comes before p.grad is set?"),
+    (r"missing \d+ required positional|takes \d+ positional", "torch calls such a hook with the parameter alone"),
+    (r"has no attribute 'register_post_accumulate_grad_hook'", "this hook is a parameter's, not the model's"),
+]  # fmt: skip
 
 
 class Placed(Sample):

@@ -22,6 +22,11 @@ OTHER_CALLS = {
     "all of them near zero); one rank's values are asked for",
     "": "it calls {op}: dist.broadcast of each tensor is all that is needed",
 }
+RAISES = [
+    (r"Must specify", "whose values is everybody to have? src=… of all ranks, or group_src=0, the group's first"),
+    (r"'tuple' object has no attribute", "named_parameters() and named_buffers() give pairs, (name, tensor)"),
+    (r"of type torch.Tensor.*\n?.*NoneType", "p.grad is None before the first backward: p.data is asked for"),
+]
 
 
 def check(run):
@@ -29,7 +34,7 @@ def check(run):
         about = "two groups of 2 ranks" if in_pairs else f"{n} ranks"
         stuck = "the ranks do not make the same calls: each has to broadcast the same tensors in the same order"
         try:
-            seen = run(_started, dtype, in_pairs, n=n, about=about, stuck=stuck)
+            seen = run(_started, dtype, in_pairs, n=n, about=about, stuck=stuck, raises=RAISES)
         except Wrong as wrong:
             if "not part of" in wrong.diagnosis:
                 why = "src counts all ranks, and the first one of ranks 1, 3 is not rank 0"

@@ -39,6 +39,7 @@ def each_gradient(members, mine, about):
         if own[0] is None and len(gone) < len(mine):
             raise Wrong(f"{name} had no gradient on any rank and now has one", about)
         if own[0] is not None and gone:
-            raise Wrong(f"no gradient is left for {name}", f"{plural(gone)}, {about}")
+            why = "was it cleared afterwards (zero_grad), or did no backward reach it?"
+            raise Wrong(f"no gradient is left for {name}: {why}", f"{plural(gone)}, {about}")
         if own[0] is not None:
             yield name, own, after

@@ -111,6 +111,7 @@ def _judge(members, mine, size, k, dtype, case, about):
         (f"the places go through 8 bits, too few for {size} of them", through(torch.uint8)),
         (f"the places go through 16 bits, too few for {size} of them", through(torch.float16)),
         ("it returns (rest, mean): mean comes first", (wanted - sent).unbind()),
+        ("the lists hold one tensor n times ([t] * n), so the last rank's counts for all: make n tensors", sent[-1]),
         ("this is the mean of everything: only k elements of each rank are to be sent", wanted.mean(0)),
     ]  # fmt: skip
     same([one.result[0] for one in mine], mean, "mean", about, mistakes, labels=members)

@@ -83,12 +83,17 @@ def _judge(seen, members, sizes, about):
             ("the rows are counted over all ranks of the world: the group is left out", total / sum(sizes)),
             ("zero: rows // total is an integer division", 0 * total),
             ("the largest number of rows is divided by, not all of them", total / max(rows)),
+            ("upside down: a rank's part of all rows is rows / total",
+             sum(g * over / r for r, g in zip(rows, own, strict=True)) if all(rows) else None),
+            ("the sum is divided by this rank's own rows: each rank's part of it counts by its rows, before the sum",
+             [added / r for r in rows] if all(rows) else None),
+            ("the result went into new tensors and p.grad is as it was: p.grad *= … and all_reduce work in place", own),
         ]  # fmt: skip
         same(after, total / over, f"the gradient of {name}", about, mistakes, own, members, LOOSE)
     for rank, one in zip(members, mine, strict=True):
         made = sum(call.bytes for call in one.calls)
         if not size < made <= size + 8:
-            why = "the result is right, but more travels than each gradient once and the number of rows"
+            why = "the result is right, but more travels than each gradient once and the number of rows once"
             raise Wrong(why, f"rank {rank}, {about}", f"{size:,} bytes and up to 8 more", f"{made:,} bytes")
 
 

@@ -246,3 +246,41 @@ def seeds_backward(model, batches, loss_of, group=None):
             if p.grad is not None:
                 dist.all_reduce(p.grad.div_(dist.get_world_size(group)), group=group)
     works.wait()
+
+
+@mistake("accumulate_gradients", "only the last micro-batch is in it, divided by 3: zero_grad between them")
+def clears_and_divides(model, batches, loss_of, group=None):
+    for x, y in batches:
+        model.zero_grad()
+        (loss_of(model, x, y) / len(batches)).backward()
+    all_reduced(model, group, dist.get_world_size(group))
+
+
+@mistake("accumulate_gradients", "divided by the 2 rows of a micro-batch: loss_of gives a mean")
+def divides_by_rows(model, batches, loss_of, group=None):
+    model.zero_grad()
+    for x, y in batches:
+        (loss_of(model, x, y) / len(x)).backward()
+    all_reduced(model, group, dist.get_world_size(group))
+
+
+@mistake("accumulate_gradients", "divided by all rows, 6: loss_of gives a mean")
+def divides_by_all_rows(model, batches, loss_of, group=None):
+    model.zero_grad()
+    for x, y in batches:
+        (loss_of(model, x, y) / sum(len(x) for x, _ in batches)).backward()
+    all_reduced(model, group, dist.get_world_size(group))
+
+
+@mistake("accumulate_gradients", "was it cleared afterwards (zero_grad)")
+def clears_at_the_end(model, batches, loss_of, group=None):
+    accumulated(model, batches, loss_of)
+    all_reduced(model, group, dist.get_world_size(group))
+    model.zero_grad()
+
+
+@mistake("accumulate_gradients", "it is None there: the p.grad of a frozen or unused parameter?")
+def averages_frozen_ones(model, batches, loss_of, group=None):
+    accumulated(model, batches, loss_of)
+    for p in model.parameters():
+        dist.all_reduce(p.grad, group=group)

@@ -282,3 +282,51 @@ def functional_and_lazy(model, group=None):
         p.grad = functional.all_reduce(p.grad / dist.get_world_size(group), "sum", group or dist.group.WORLD)
 
     each_hooked(model, average)
+
+
+def averaging(group):
+    def average(p):
+        dist.all_reduce(p.grad, group=group)
+        p.grad /= dist.get_world_size(group)
+
+    return average
+
+
+@mistake("average_in_hooks", "a frozen parameter has no gradient to wait for: ask p.requires_grad")
+def every_parameter_hooked(model, group=None):
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(averaging(group))
+
+
+@mistake("average_in_hooks", "p.requires_grad tells which have one")
+def asks_for_a_gradient_too_early(model, group=None):
+    for p in model.parameters():
+        if p.grad is not None:
+            p.register_post_accumulate_grad_hook(averaging(group))
+
+
+@mistake("average_in_hooks", "Is the hook called at once")
+def calls_the_hook(model, group=None):
+    average = averaging(group)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(average(p))
+
+
+@mistake("average_in_hooks", "torch calls such a hook with the parameter alone")
+def hook_wants_the_group(model, group=None):
+    each_hooked(model, lambda p, group: averaging(group)(p))
+
+
+@mistake("average_in_hooks", "p.grad / n alone makes a new tensor")
+def divides_into_nothing(model, group=None):
+    def average(p):
+        dist.all_reduce(p.grad, group=group)
+        p.grad / dist.get_world_size(group)  # noqa: B018
+
+    each_hooked(model, average)
+
+
+@mistake("average_in_hooks", "this hook is a parameter's, not the model's")
+def hook_of_the_model(model, group=None):
+    model.register_post_accumulate_grad_hook(averaging(group))

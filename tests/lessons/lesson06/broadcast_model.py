@@ -161,3 +161,27 @@ def coalesced_as_ddp_does(model, group=None):
 @mistake("broadcast_model", "it calls torch's own sync_module_states")
 def ddps_own(model, group=None):
     _sync_module_states(model, group or dist.group.WORLD, 250 * 2**20, 0, set(), True)
+
+
+@mistake("broadcast_model", "whose values is everybody to have?")
+def says_no_source(model, group=None):
+    for p in model.parameters():
+        dist.broadcast(p.data, group=group)
+
+
+@mistake("broadcast_model", "give pairs, (name, tensor)")
+def sends_pairs(model, group=None):
+    for p in model.named_parameters():
+        dist.broadcast(p.data, group=group, group_src=0)
+
+
+@mistake("broadcast_model", "p.grad is None before the first backward")
+def sends_gradients(model, group=None):
+    for p in model.parameters():
+        dist.broadcast(p.grad, group=group, group_src=0)
+
+
+@mistake("broadcast_model", "a collective works in place and returns None")
+def assigns_what_broadcast_returns(model, group=None):
+    for p in model.parameters():
+        p.data = dist.broadcast(p.data, group=group, group_src=0)

@@ -232,3 +232,36 @@ def functional_in_place(arriving, group=None):
             sums.append(collectives.all_reduce_(full[len(sums)], "sum", (group or dist.group.WORLD).group_name))
     for total in sums:
         collectives.wait_tensor(total).div_(dist.get_world_size(group))
+
+
+@mistake("reduce_buckets", "does one of its loops never end?")
+def never_counts_on(arriving, group=None):
+    full, turn, works = {}, 0, []
+    for number, bucket in arriving:
+        full[number] = bucket
+        while turn in full:
+            works.append(dist.all_reduce(full[turn], group=group, async_op=True))
+
+
+@mistake("reduce_buckets", "an all_reduce without async_op=True waits, too")
+def one_call_after_the_other(arriving, group=None):
+    for _, bucket in arriving:
+        dist.all_reduce(bucket, group=group)
+        bucket /= dist.get_world_size(group)
+
+
+@mistake("reduce_buckets", "buckets come while a loop runs")
+def asks_how_many(arriving, group=None):
+    for number in range(len(arriving)):
+        dist.all_reduce(arriving[number][1], group=group, async_op=True).wait()
+
+
+@mistake("reduce_buckets", "only with async_op=True")
+def waits_for_nothing(arriving, group=None):
+    full, works = {}, []
+    for number, bucket in arriving:
+        full[number] = bucket
+        while len(works) in full:
+            works.append(dist.all_reduce(full[len(works)], group=group))
+    for work in works:
+        work.wait()

@@ -222,3 +222,23 @@ def functional_collectives(gradient, residual, k, group=None):
     values, everywhere = functional.all_gather_into_tensor_coalesced(chosen, group or dist.group.WORLD)
     mean = torch.zeros_like(wanted).index_add_(0, everywhere, values) / dist.get_world_size(group)
     return mean, wanted.index_fill(0, places, 0)
+
+
+@mistake("top_k_step", "the lists hold one tensor n times ([t] * n)")
+def one_tensor_for_all(gradient, residual, k, group=None):
+    n, wanted = dist.get_world_size(group), gradient + residual
+    places = wanted.abs().topk(k).indices
+    values, mean, rest = wanted[places], torch.zeros_like(wanted), wanted.clone()
+    all_values, all_places = [torch.empty_like(values)] * n, [torch.empty_like(places)] * n
+    dist.all_gather(all_values, values, group=group)
+    dist.all_gather(all_places, places, group=group)
+    for some, where in zip(all_values, all_places, strict=True):
+        mean[where] += some / n
+    rest[places] = 0
+    return mean, rest
+
+
+@mistake("top_k_step", "torch.empty_like(t) makes room in t's own type")
+def room_for_floats(gradient, residual, k, group=None):
+    places = (gradient + residual).abs().topk(k).indices
+    dist.all_gather([torch.empty(k) for _ in range(dist.get_world_size(group))], places, group=group)

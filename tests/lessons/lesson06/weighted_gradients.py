@@ -231,3 +231,37 @@ def a_tensor_as_part_and_divided(model, rows, group=None):
         if p.grad is not None:
             p.grad *= part
     all_reduced(model, group, dist.get_world_size(group))
+
+
+@mistake("weighted_gradients", "upside down: a rank's part of all rows is rows / total")
+def total_over_rows(model, rows, group=None):
+    total = torch.tensor(float(rows))
+    dist.all_reduce(total, group=group)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= total / rows
+            dist.all_reduce(p.grad, group=group)
+
+
+@mistake("weighted_gradients", "the sum is divided by this rank's own rows")
+def divides_by_its_own_rows(model, rows, group=None):
+    total = torch.tensor(rows)
+    dist.all_reduce(total, group=group)
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad, group=group)
+            p.grad /= rows
+
+
+@mistake("weighted_gradients", "the result went into new tensors and p.grad is as it was")
+def weighs_new_tensors(model, rows, group=None):
+    total = torch.tensor(rows)
+    dist.all_reduce(total, group=group)
+    for p in model.parameters():
+        if p.grad is not None:
+            dist.all_reduce(p.grad * rows / total, group=group)
+
+
+@mistake("weighted_gradients", "it is a number there: torch.tensor(…) makes a tensor of it")
+def reduces_a_number(model, rows, group=None):
+    dist.all_reduce(rows, group=group)
