@@ -69,7 +69,7 @@ def _judge(seen, inputs, features, about):
     n, whole = len(seen), x @ weight.T
     bias = whole.new_zeros(len(weight)) if bias is None else bias
     got, widths = [one.result for one in seen], [len(own) for own in features]
-    _judge_widths(got, len(weight), widths, about)
+    _judge_widths(got, len(weight), x.shape[-1], widths, about)
 
     def split(y):
         return list(y.tensor_split(n, -1))
@@ -82,6 +82,11 @@ def _judge(seen, inputs, features, about):
         "the bias is counted twice": split(whole + 2 * bias),
         f"the bias is divided by {n}: no other rank adds to these features": split(whole + bias / n),
         "the weight is this rank's part, but the bias is rank 0's: it is cut the same way": first_bias,
+        "bias[rank] is one number: to this rank's output features belongs a part of bias, cut as the weight is": [
+            y + one for y, one in zip(split(whole), bias, strict=False)
+        ]
+        if len(bias) >= n
+        else None,
         "rank r has every n-th feature, from r on: the parts are to be contiguous": nth,
         "the parts are in reverse order": expected[::-1],
         "rank r has the part of rank r - 1": expected[-1:] + expected[:-1],
@@ -99,7 +104,7 @@ def _judge(seen, inputs, features, about):
     judge_gradients(range(n), seen, back, summed, about, free="nothing is sent here")
 
 
-def _judge_widths(got, out, right, about):
+def _judge_widths(got, out, wide, right, about):
     """Raise Wrong where the ranks have other numbers of features than asked for, in a way that is known."""
     n, widths = len(got), [y.shape[-1] if isinstance(y, torch.Tensor) and y.dim() else None for y in got]
     chunks, each = [len(chunk) for chunk in torch.arange(out).chunk(n)], out // n
@@ -109,6 +114,7 @@ def _judge_widths(got, out, right, about):
         f"every rank has {each} of the {out} output features: the remainder is on no rank": [each] * n,
         "the last rank has all of the remainder": [each] * (n - 1) + [out - each * (n - 1)],
         "the larger parts are on the last ranks": right[::-1],
+        "cut by the number of input features: it is the output features that are dealt out": [wide // n] * n,
     }
     for why, given in ways.items():
         if widths == given != right:

@@ -41,6 +41,9 @@ def check(run):
     mistakes = {why: partial(_bytes, **how) for why, how in mistakes.items()} | {
         f"what is gathered {share}": lambda *a: _bytes(*a, gathers=(1 / a[-1], 1 / a[-1])),
         f"what is as wide as hidden {share}": lambda o, t, w, h, n: _bytes(o, t, w, h / n, n),
+        "in column, row nothing is gathered: what the first layer leaves, in parts, is what the second one needs": (
+            lambda o, t, w, h, n: _bytes(o, t, w, h, n) + (o == "column, row") * 2 * (n - 1) / n * 4 * t * h
+        ),
         "tokens are not counted: every token's numbers travel": lambda o, t, *a: _bytes(o, 1, *a),
         "these are the weights' bytes, tokens or not: the weights stay, it is what the layers compute that travels": (
             lambda o, t, w, h, n: 2 * (n - 1) / n * 4 * 2 * w * h

@@ -85,6 +85,8 @@ def _judge(members, mine, seen, about):
         f"divided by {n}, bias and all: the output is the sum of the summands, not their mean": total / n + bias / n,
         "it takes the MAX over the ranks, not the sum": torch.stack(own).amax(0) + bias,
         "the bias is counted twice": total + 2 * bias,
+        f"the bias is added {n} times before the all_reduce, once by each rank, and once more after it": total
+        + (n + 1) * bias,
     }
     same([one.result for one in mine], total + bias, "the output", about, mistakes.items(), labels=members)
     as_many_bytes(members, mine, "the output", total.nbytes, about)
@@ -109,6 +111,7 @@ def _summand(one, n=1, place=0):
 why = (
     "Each rank's product is a summand, and everybody wants the sum, so the bias is added once, after it. "
     "Backward must not add up again: every rank comes back with the whole gradient already. Megatron's "
-    "RowParallelLinear does the same; under sequence parallelism it reduce-scatters instead."
+    "RowParallelLinear does the same; under sequence parallelism it reduce-scatters instead. torch's own "
+    "all_reduce hands a gradient on as it came, too, and warns that it may not for ever."
 )
 exercise = Exercise(hints, check, minutes=10, level="medium", why=why)

@@ -59,6 +59,7 @@ RAISES = [
      "p.grad is not there yet. Is the hook called at once, hook(p), where hook is to be handed over? Or is it a "
      "register_hook, which comes before p.grad is set?"),
     (r"missing \d+ required positional|takes \d+ positional", "torch calls such a hook with the parameter alone"),
+    (r"hook returned|hooks should return None", "such a hook returns nothing: it writes into p.grad"),
     (r"has no attribute 'register_post_accumulate_grad_hook'", "this hook is a parameter's, not the model's"),
 ]  # fmt: skip
 

@@ -99,6 +99,7 @@ def _judge(members, mine, size, k, dtype, case, about):
         ("the absolute values are sent: the sign is lost", sent.abs().mean(0)),
         ("the smallest elements are chosen", chosen(wanted, -wanted.abs()).mean(0)),
         (f"the sum was not divided by {n}, the number of ranks", sent.sum(0)),
+        (f"divided by k, {k}, not by {n}, the number of ranks", sent.sum(0) / k if k != n else None),
         ("where several ranks send the same place, only the last one counts: add, do not assign", last / n),
         ("where several ranks send the same place, only the last one counts, and nothing is divided", last),
         ("each rank has only what it sent itself", (sent / n).unbind()),

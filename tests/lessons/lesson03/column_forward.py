@@ -187,3 +187,16 @@ def a_linear_layer_of_new_parameters(x, weight, bias):
     rank, n = place()
     own = torch.nn.Parameter(weight.tensor_split(n)[rank])
     return F.linear(x, own, None if bias is None else bias.tensor_split(n)[rank])
+
+
+@mistake("column_forward", "cut by the number of input features")
+def as_many_as_inputs(x, weight, bias):
+    rank, n = place()
+    part = slice(rank * (weight.shape[1] // n), (rank + 1) * (weight.shape[1] // n))
+    return F.linear(x, weight[part], None if bias is None else bias[part])
+
+
+@mistake("column_forward", "bias[rank] is one number")
+def one_number_of_the_bias(x, weight, bias):
+    rank, n = place()
+    return F.linear(x, weight.tensor_split(n)[rank]) + bias[rank]

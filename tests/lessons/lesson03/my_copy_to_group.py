@@ -162,7 +162,7 @@ def calls_forward(x, group=None):
     return Copy.forward(None, x)
 
 
-@mistake("my_copy_to_group", "are given ctx first")
+@mistake("my_copy_to_group", "the first thing it is given is ctx")
 def forgets_ctx(x, group=None):
     class Copy(torch.autograd.Function):
         @staticmethod

@@ -101,3 +101,9 @@ def weights_travel(order, tokens, width, hidden, n):
 @mistake("order_bytes", "(n - 1) // n is an integer division")
 def divides_whole_numbers(order, tokens, width, hidden, n):
     return (n - 1) // n * halves(order, tokens, width, hidden)
+
+
+@mistake("order_bytes", "in column, row nothing is gathered")
+def each_layer_for_itself(order, tokens, width, hidden, n):
+    more = 2 * 4 * tokens * hidden if order == "column, row" else 0
+    return (n - 1) / n * (halves(order, tokens, width, hidden) + more)

@@ -214,3 +214,8 @@ def f_in_place_of_g(x, weight, bias, group=None):
 @mistake("row_forward", "(3, 2) @ (5, 2) wants the second one turned, .T")
 def does_not_turn_the_weight(x, weight, bias, group=None):
     return g_of(x @ weight, group)
+
+
+@mistake("row_forward", "the bias is added 4 times before the all_reduce, once by each rank, and once more after it")
+def bias_before_and_after(x, weight, bias, group=None):
+    return g_of(F.linear(x, weight, bias), group) + bias

@@ -330,3 +330,9 @@ def divides_into_nothing(model, group=None):
 @mistake("average_in_hooks", "this hook is a parameter's, not the model's")
 def hook_of_the_model(model, group=None):
     model.register_post_accumulate_grad_hook(averaging(group))
+
+
+@mistake("average_in_hooks", "such a hook returns nothing: it writes into p.grad")
+def hook_returns_a_pair(model, group=None):
+    n = dist.get_world_size(group)
+    each_hooked(model, lambda p: (p.grad.div_(n), dist.all_reduce(p.grad, group=group)))

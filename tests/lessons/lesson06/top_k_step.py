@@ -242,3 +242,17 @@ def one_tensor_for_all(gradient, residual, k, group=None):
 def room_for_floats(gradient, residual, k, group=None):
     places = (gradient + residual).abs().topk(k).indices
     dist.all_gather([torch.empty(k) for _ in range(dist.get_world_size(group))], places, group=group)
+
+
+@mistake("top_k_step", "divided by k, 2, not by 4, the number of ranks")
+def divides_by_k(gradient, residual, k, group=None):
+    n, wanted = dist.get_world_size(group), gradient + residual
+    places = wanted.abs().topk(k).indices
+    values, mean, rest = wanted[places], torch.zeros_like(wanted), wanted.clone()
+    all_values, all_places = ([torch.empty_like(t) for _ in range(n)] for t in (values, places))
+    dist.all_gather(all_values, values, group=group)
+    dist.all_gather(all_places, places, group=group)
+    for some, where in zip(all_values, all_places, strict=True):
+        mean[where] += some / k
+    rest[places] = 0
+    return mean, rest

@@ -265,3 +265,11 @@ def weighs_new_tensors(model, rows, group=None):
 @mistake("weighted_gradients", "it is a number there: torch.tensor(…) makes a tensor of it")
 def reduces_a_number(model, rows, group=None):
     dist.all_reduce(rows, group=group)
+
+
+@mistake("weighted_gradients", "what a collective returned, which works in place?")
+def takes_what_all_reduce_returns(model, rows, group=None):
+    total = dist.all_reduce(torch.tensor(rows), group=group)
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad *= rows / total
