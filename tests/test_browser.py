@@ -29,7 +29,7 @@ from pardist_lib.lessons.exercises import reader
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-WIDTH, LAPTOP = 1280, 900  # pixels
+WIDTH, LAPTOP, PAGE = 1280, 900, 3000  # pixels
 MOST = 1.2e9  # bytes of a lesson's processes, each shared page counted in parts
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage"]
 SETTINGS = {
@@ -58,6 +58,12 @@ LIVE = """() => [...document.querySelectorAll('.jp-Notebook .pardist-live')].map
     .concat([...box.querySelectorAll('input[type=checkbox]')].map(_ => 'checkbox')))"""
 SHOWN = """box => [...box.querySelectorAll('img')].filter(i => i.offsetParent).map(i => i.src).join() +
     [...box.querySelectorAll('pre')].filter(i => i.offsetParent).map(i => i.innerText).join()"""
+SCROLL = """top => {
+    const one = [...document.querySelectorAll('.jp-Notebook, .jp-Notebook *')].slice(0, 9)
+        .find(e => e.scrollHeight > e.clientHeight + 50) || document.querySelector('.jp-Notebook');
+    one.scrollTop = top;
+    return [one.scrollTop, one.clientHeight, one.scrollHeight];
+}"""
 SET = """([at, text]) => jupyterapp.shell.currentWidget.content.widgets[at].model.sharedModel.setSource(text)"""
 RUN = """at => { const panel = jupyterapp.shell.currentWidget; panel.content.activeCellIndex = at;
     jupyterapp.commands.execute('notebook:run-cell'); }"""
@@ -90,8 +96,8 @@ def test_a_lesson_in_jupyterlab(path, tmp_path):
         assert page.evaluate(CUT) == []
         moved = move_all(page)
         answer(page, path)
-        for theme in ("light", "dark"):
-            picture_of(page, kept / f"{path.name[:2]}-{theme}.png", theme)
+        for theme in ("Light", "Dark"):
+            pictures_of(page, kept / f"{path.name[:2]}-{theme.lower()}", theme)
         stop_and_restart(page)
         assert not errors, "\n".join(errors)
     left = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in str(p.info["cmdline"])]
@@ -254,12 +260,13 @@ def by_keys(handle):
 
 def by_mouse(page, handle):
     """Drag it to the end of its track from which it is farther away."""
-    track = handle.evaluate(
+    left, width = handle.evaluate(
         "h => { const b = h.closest('.noUi-base').getBoundingClientRect(); return [b.x, b.width]; }"
     )
+    now, least, most = (float(handle.get_attribute(f"aria-value{end}")) for end in ("now", "min", "max"))
+    far_end = left + width - 1 if now < (least + most) / 2 else left + 1
     spot = handle.bounding_box()
     x, y = spot["x"] + spot["width"] / 2, spot["y"] + spot["height"] / 2
-    far_end = track[0] + track[1] - 1 if x < track[0] + track[1] / 2 else track[0] + 1
     page.mouse.move(x, y)
     page.mouse.down()
     page.mouse.move(far_end, y, steps=5)
@@ -314,17 +321,18 @@ def stop_and_restart(page):
     assert "NameError" in said and "which has not run since the kernel started" in said, said
 
 
-def picture_of(page, file, theme):
-    """The whole lesson as one tall picture."""
-    page.evaluate(
-        "name => jupyterapp.commands.execute('apputils:change-theme', {theme: name})", f"JupyterLab {theme.title()}"
-    )
-    page.wait_for_timeout(800)
-    tall = page.evaluate(
-        "() => Math.max(...[...document.querySelectorAll('.jp-Notebook, .jp-Notebook *')].slice(0, 9)"
-        ".map(e => e.scrollHeight))"
-    )
-    page.set_viewport_size({"width": WIDTH, "height": min(int(tall) + 200, 16_000)})
-    page.wait_for_timeout(500)
-    page.screenshot(path=str(file))
+def pictures_of(page, file, theme):
+    """The whole lesson from top to bottom, in as many pictures as that takes: file-1.png, file-2.png, …"""
+    page.evaluate("name => jupyterapp.commands.execute('apputils:change-theme', {theme: name})", f"JupyterLab {theme}")
+    page.set_viewport_size({"width": WIDTH, "height": PAGE})
+    page.wait_for_timeout(1000)
+    top, number = 0, 0
+    while number < 12:
+        number += 1
+        at, seen, tall = page.evaluate(SCROLL, top)
+        page.wait_for_timeout(300)
+        page.screenshot(path=f"{file}-{number}.png")
+        if at + seen >= tall - 2:
+            break
+        top += seen - 100
     page.set_viewport_size({"width": WIDTH, "height": LAPTOP})
