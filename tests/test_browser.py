@@ -263,6 +263,7 @@ def by_mouse(page, handle):
     left, width = handle.evaluate(
         "h => { const b = h.closest('.noUi-base').getBoundingClientRect(); return [b.x, b.width]; }"
     )
+    assert width > 100, f"a track of {width} pixels"
     now, least, most = (float(handle.get_attribute(f"aria-value{end}")) for end in ("now", "min", "max"))
     far_end = left + width - 1 if now < (least + most) / 2 else left + 1
     spot = handle.bounding_box()

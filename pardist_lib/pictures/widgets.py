@@ -121,6 +121,8 @@ def _control(name, value):
         control = ipywidgets.SelectionSlider(options=control.options, value=control.value)
     control.description = said
     control.style = WHOLE_NAMES
+    if not control.layout.width:  # of the usual 300 pixels a long name would leave the slider none
+        control.layout.width, control.layout.max_width = "100%", "640px"
     if control.has_trait("continuous_update"):
         control.continuous_update = False
     return control

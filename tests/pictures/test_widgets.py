@@ -189,3 +189,14 @@ def test_pictures_beside_each_other_only_where_they_can_be_read():
 
     assert size(beside)[0] > 2 * size(small)[0] and size(beside)[1] < 2 * size(small)[1]
     assert size(below)[0] > size(wide)[0] and size(below)[1] > 2 * size(wide)[1]
+
+
+def test_a_long_name_leaves_a_slider_its_track():
+    live = pictures.knobs(
+        lambda between_all_of_the_nodes_gbit_per_second: look(1), between_all_of_the_nodes_gbit_per_second=[1, 2]
+    )
+    (slider,) = children(live, ipywidgets.SelectionSlider)
+    assert (slider.layout.width, slider.layout.max_width) == ("100%", "640px")
+    own = ipywidgets.IntSlider(layout={"width": "200px"})
+    pictures.knobs(lambda x: look(1), x=own)
+    assert own.layout.width == "200px"
