@@ -19,8 +19,11 @@ import psutil
 GOOD, NOTE, BAD = "✓", "·", "✗"
 COLOURS = {GOOD: "#009E73", NOTE: "#8a8a8a", BAD: "#D55E00"}
 PACKAGES = ("torch", "numpy", "ipywidgets", "ipykernel", "jupyterlab")
-LEAST = {"torch": (2, 11), "numpy": (2, 0), "ipywidgets": (7, 7)}
-NEWER = {(2, 13): "lists in gloo's all_to_all, and all sizes in traces of DDP"}  # torch from which → what
+LEAST = {"torch": (2, 10), "numpy": (2, 0), "ipywidgets": (7, 7)}
+NEWER = {  # torch from which → what; the README has it, too
+    (2, 11): "the times of two groups' calls at once in a trace",
+    (2, 13): "lists in gloo's all_to_all, and pipelines on ranks that are not there",
+}
 LESSON_BYTES = 1.2e9  # what a lesson's processes hold together, at most
 
 

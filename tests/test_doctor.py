@@ -46,7 +46,7 @@ def test_a_healthy_machine():
     [
         ({"cores": 1}, True, "one core: ranks take turns on it"),
         ({"memory": 1e9}, False, "1.0 GB of memory are free, and a lesson takes up to 1.2 GB: close other notebooks"),
-        (versions(torch="2.8.0"), False, "torch 2.8.0 is older than 2.11"),
+        (versions(torch="2.8.0"), False, "torch 2.8.0 is older than 2.10"),
         (versions(torch="2.11.0+cu128", ipywidgets="7.7.1"), True, "torch 2.11.0+cu128 works"),
         ({"versions": {"numpy": "2.1", "ipywidgets": "8.0"}}, False, "torch is not installed: pip install"),
         (versions(numpy="1.26.4"), False, "numpy 1.26.4 is older than 2.0"),

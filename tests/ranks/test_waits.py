@@ -99,6 +99,8 @@ EVERY = [
 
 @pytest.mark.parametrize("make", EVERY)
 def test_two_calls_that_wait_for_each_other(ranks, make):
+    if make is fsdp2 and torch.__version__ < "2.13":
+        pytest.skip("before torch 2.13 fully_shard calls from Python: the ledger sees another call first")
     error = hang(ranks, on_rank_0, make, True)
     head = "rank 0 waits for ranks 1, 2, and ranks 1, 2 for rank 0 in another call: a deadlock"
     if make is sharded_unevenly:  # its messages go to one rank after the other

@@ -12,6 +12,7 @@ from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.mechanisms.data_parallel.sync_batch_norm import SyncBatchNorm
 from tests.mechanisms.data_parallel.nets import TINY, batch, gradients, on_all, same, state, train, train_alone, within
 from tests.mechanisms.refusals import refused
+from tests.versions import since
 
 
 def test_plain_batch_norm_is_another_function(ranks_of):
@@ -132,6 +133,7 @@ def one_in_several_places():
     same(state(model), state(alone))
 
 
+@since("2.13", "a BatchNorm takes no bias=")
 def test_batch_norm_in_several_places_and_in_place(ranks_of):
     ranks_of(4).run(one_in_several_places, quiet=True)
 
