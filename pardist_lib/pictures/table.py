@@ -1,5 +1,6 @@
 """A table that shows itself: HTML in a notebook, aligned columns in a terminal."""
 
+import re
 from html import escape
 from math import floor, isfinite, log10
 from numbers import Integral, Real
@@ -70,7 +71,16 @@ class Table:
 
     def _side(self, name):
         values = [row[name] for row in self.rows if row.get(name) is not None]
-        return "right" if values and all(isinstance(v, Real) and not isinstance(v, bool) for v in values) else "left"
+        return "right" if values and all(map(_is_number, values)) else "left"
+
+
+_NUMBER = re.compile(r"[-+−±]?\d[\d,.]*( ?(%|×|[A-Za-z/]+))?")  # as a text, with a unit: "1,813", "67%", "8.1 ms"
+
+
+def _is_number(value):
+    if isinstance(value, str):
+        return _NUMBER.fullmatch(value) is not None
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def cell(value, places=None):

@@ -16,7 +16,7 @@ import psutil
 from . import report
 from .host import stop
 from .ledger import Ledger, is_readers
-from .output import Printed
+from .output import Printed, Waiting
 from .rank import END
 from .transport import Door, private_folder, receive
 from .waits import calls_of
@@ -87,13 +87,23 @@ class Link:
 
     def wait_joined(self):
         """Until every rank has joined the group; RuntimeError with the logs where one cannot."""
+        if all(r.joined for r in self.ranks):
+            return
+        with Waiting() as waiting:
+            self._wait_joined(waiting)
+
+    def _wait_joined(self, waiting):
         began = time.monotonic()
         deadline, told = began + START_SECONDS, False
         while not all(r.joined for r in self.ranks):
             self.pump(0.5)
-            if not told and time.monotonic() - began > SLOW_START:
+            took = time.monotonic() - began
+            if 1 < took < SLOW_START:
+                waiting.say(f"{self.n} ranks are starting …")
+            elif took > SLOW_START and not told:
                 told = True
-                print(f"The ranks have been starting for {SLOW_START} s: {self._awaited()}.", flush=True)
+                said = f"The ranks have been starting for {SLOW_START} s: {self._awaited()}."
+                waiting.say(said) or print(said, flush=True)
             problem = self.lost or next((r.problem for r in self.ranks if r.problem), None)
             if not problem and time.monotonic() > deadline:
                 problem = f"after {START_SECONDS} s they are not there: {self._awaited()}"

@@ -142,6 +142,32 @@ class Live:
             self.handle.update(data, raw=True)
 
 
+class Waiting:
+    """One line in a notebook, there only as long as something takes. PARDIST_LIVE=0: none."""
+
+    def __init__(self):
+        self.text, self.handle = "", None
+        self.live = os.environ.get("PARDIST_LIVE", "1") != "0" and in_notebook()
+
+    def say(self, text):
+        """Show the line, or change it. Returns whether there is a place to show it."""
+        if self.live and text != self.text:
+            from IPython.display import display
+
+            self.text, data = text, {"text/html": f"<em>{escape(text)}</em>" if text else "", "text/plain": text}
+            if self.handle is None:
+                self.handle = display(data, raw=True, display_id=True)
+            else:
+                self.handle.update(data, raw=True)
+        return self.live
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.say("")
+
+
 def _bar(ranks):
     bars = {r.number: r.bar for r in ranks if r.bar and not r.ended}
     if not bars:

@@ -17,7 +17,7 @@ from . import report
 from .guard import WHERE
 from .host import stop
 from .link import HERE, environment
-from .output import Live, Printed
+from .output import Live, Printed, Waiting
 from .session import seconds
 from .transport import private_folder
 
@@ -121,11 +121,13 @@ def torchrun(program, *args, nproc=4, timeout=60.0, quiet=False, options=(), env
     )
     ranks, live, since = [_Process(r, f"{folder}/log") for r in range(nproc)], Live(quiet), time.monotonic()
     try:
-        while (code := guard.poll()) is None and time.monotonic() - since < timeout:
-            time.sleep(0.05)
-            if any([r.read() for r in ranks]):
-                since = time.monotonic()
-            live.update(ranks)
+        with Waiting() as waiting:  # until the first word of a rank
+            while (code := guard.poll()) is None and time.monotonic() - since < timeout:
+                time.sleep(0.05)
+                if any([r.read() for r in ranks]):
+                    since = time.monotonic()
+                live.update(ranks)
+                waiting.say("" if quiet or any(r.printed.data for r in ranks) else f"torchrun runs {nproc} processes …")
         for r in ranks:
             r.read()
         printed = [r.printed.text() for r in ranks]

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from pardist_lib.pictures import Table
@@ -38,3 +40,11 @@ def test_fractions_of_a_column_have_the_same_decimals():
     assert repr(Table([{"s": 0.5613}, {"s": 12.3}, {"s": 5}])).split() == ["s", "──────", "0.561", "12.300", "5.000"]
     assert repr(Table([{"s": 1e-9}, {"s": 12.3}])).split() == ["s", "─────", "1e-09", "12.3"]  # too far apart
     assert repr(Table([{"n": 1}, {"n": 2000}])).split() == ["n", "─────", "1", "2,000"]
+
+
+def test_numbers_stand_to_the_right_also_as_texts_with_a_unit():
+    rows = [{"n": "1,813", "part": "67%", "off": "+5%", "size": "100 MB", "plan": "dp4", "kept": None, "sum": "2 + 2"}]
+    sides = re.findall(r'<th scope="col" style="text-align:(\w+)">(\w+)</th>', Table(rows)._repr_html_())
+    assert dict((name, side) for side, name in sides) == {
+        "n": "right", "part": "right", "off": "right", "size": "right", "plan": "left", "kept": "left", "sum": "left"
+    }  # fmt: skip

@@ -245,3 +245,10 @@ def test_a_function_for_ranks_that_was_called_in_the_notebook(notebook):
         assert "Default process group has not been initialized" in plain(error)
         assert "`first_sum` was called here, in the notebook, which is no rank: write ranks.run(first_sum)" in said
     assert "begin the cell with %%ranks" in notebook.run("dist.get_rank()")[0]
+
+
+def test_a_line_stands_there_while_ranks_start(notebook):
+    live = "import os\nos.environ['PARDIST_LIVE'] = '1'\n"
+    said, error = notebook.run(f"{live}from pardist_lib import Ranks\nranks = Ranks(2)\nprint('there')")
+    assert not error and said.index("2 ranks are starting …") < said.index("there")
+    assert said.endswith("there\n") and said.splitlines()[-2] == ""  # the line has gone

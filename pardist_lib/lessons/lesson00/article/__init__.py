@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pardist_lib.ranks.output import Waiting
+
 # `mp.spawn` starts Python anew in every process. Forked, they share one import of torch, and the rest is the same.
 FORKED = """
 import functools, runpy, sys, torch._dynamo, torch.multiprocessing as mp
@@ -47,7 +49,9 @@ def run(step, seconds=300):
     forked = [] if sys.platform == "darwin" else ["-c", FORKED]
     command = [sys.executable, *forked, str(PROGRAMS[step])]
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
+        with Waiting() as waiting:
+            waiting.say(f"python runs step {step}, in processes of its own …")
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         print(
             f"It did not end within {seconds:g} seconds, and was stopped: article.run({step}, seconds=…) waits longer."
