@@ -114,7 +114,7 @@ ENDLESS = [  # what is wrong with it; what stops it
     (
         "import torch\nimport torch.distributed as dist\n\n\ndef average_gradients(model, group=None):\n"
         "    while True:\n        dist.all_reduce(torch.ones(1), group=group)\n",
-        "it goes on and on",
+        "it makes call after call",
     ),
     ("import time\n\n\ndef average_gradients(model, group=None):\n    time.sleep(10_000)\n", "it does not come back"),
 ]
