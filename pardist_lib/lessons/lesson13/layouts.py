@@ -99,7 +99,7 @@ def make_step(model, plan, batch, seed=0):
     whole = GPT(model.vocab, model.hidden, model.heads, model.layers, model.sequence)
     text = torch.randint(model.vocab, (batch, model.sequence + 1))
     replica, many = dist.get_rank(data), batch // plan.dp
-    tokens, words = (text[replica * many :][:many, i : i + model.sequence] for i in (0, 1))
+    tokens, words = (text[replica * many :][:many, i : i + model.sequence].contiguous() for i in (0, 1))
     if plan.pp > 1:
         return _pipelined(model, plan, whole, (data, pipeline), tokens, words, micro_batches(plan, batch))
     loss_of = language_loss
