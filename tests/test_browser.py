@@ -307,10 +307,11 @@ def stop_and_restart(page):
     last = page.evaluate("() => jupyterapp.shell.currentWidget.content.widgets.length") - 1
     page.evaluate("at => { jupyterapp.shell.currentWidget.content.activeCellIndex = at; }", last)
     page.evaluate("() => jupyterapp.commands.execute('notebook:insert-cell-below')")
-    sleeps = "import time\nfrom pardist_lib import Ranks\nranks = Ranks(2)\nranks.run(time.sleep, 300, timeout=400)"
+    run_cell(page, last + 1, "import time\nfrom pardist_lib import Ranks\nranks = Ranks(2)")
+    sleeps = "ranks.run(time.sleep, 300, timeout=400)"
     page.evaluate(SET, [last + 1, sleeps])
     page.evaluate(RUN, last + 1)
-    page.wait_for_timeout(8000)
+    page.wait_for_timeout(3000)
     page.evaluate("() => { jupyterapp.commands.execute('notebook:interrupt-kernel'); }")
     page.wait_for_function(IDLE, timeout=30_000)
     assert "Interrupted" in page.evaluate(SAID, last + 1)
