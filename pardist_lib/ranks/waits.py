@@ -105,7 +105,9 @@ def calls_of(ranks, ledger):
         known = {call.group for call in noted}
         open_calls = noted + [call for call in recorded if call.group not in known]
         if open_calls and _main_thread_waits(r.outcome[1], r.spot):
-            each = [InCall(call, _missing(r.number, call, told, ledger)) for call in open_calls]
+            here = next((f"{file}:{line}" for file, line, _ in reversed(r.outcome[1]) if is_readers(file)), None)
+            on_this_line = [call for call in open_calls if call.place == here]  # others it would wait for later
+            each = [InCall(call, _missing(r.number, call, told, ledger)) for call in on_this_line or open_calls]
             found[r.number] = next((one for one in each if one.missing), each[-1])
     return found
 

@@ -244,6 +244,18 @@ def test_deadlock(ranks):
     assert error.cause == "deadlock" and "recv(float32 [1], from rank 1)" in str(error)
 
 
+def test_it_is_in_the_receive_on_its_line_and_not_in_a_send_that_it_has_started(ranks):
+    def waits_for_the_wrong_neighbour():
+        rank, n = dist.get_rank(), dist.get_world_size()
+        message = dist.isend(torch.zeros(2), (rank + 1) % n)
+        dist.recv(torch.zeros(2), (rank + 1) % n)  # what it has sent is at the other one
+        message.wait()
+
+    with pytest.raises(RankHang) as hang:
+        ranks.run(waits_for_the_wrong_neighbour)
+    assert all("in recv(" in doing for doing in hang.value.where), hang.value.where
+
+
 @pytest.mark.parametrize(
     "fn, rank, cause", [(exits, 1, "exit code 3"), (is_killed, 3, "SIGKILL"), (aborts, 0, "SIGABRT")]
 )

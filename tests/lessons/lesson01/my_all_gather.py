@@ -98,7 +98,7 @@ def gather_and_send_back(tensor):
     return rows
 
 
-@mistake("my_all_gather", "it calls torch's own all_gather_into_tensor")
+@mistake("my_all_gather", "it calls torch's own all_gather")
 def by_functional(tensor):
     rows = functional.all_gather_tensor(tensor, 0, dist.group.WORLD)
     return rows.view(-1, *tensor.shape)
