@@ -92,7 +92,7 @@ print(_move_all())
 '''
 
 
-@pytest.mark.share(3)
+@pytest.mark.share(2)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("n", [2, 3, 8])
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name[:2])
@@ -107,7 +107,7 @@ def test_with_other_sizes(lesson, old, new, tmp_path, monkeypatch):
     runs_and_says_the_same(next(p for p in NOTEBOOKS if p.name[:2] == lesson), tmp_path, monkeypatch, {old: new})
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(1)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name[:2])
 def test_every_widget_moves_after_run_all(path, tmp_path, monkeypatch):

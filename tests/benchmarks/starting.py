@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import torch
@@ -160,17 +161,37 @@ ranks.run(step)
 
 
 def memory():
-    """Proportional set size of a real kernel and all it started, after a DDP step."""
+    """Proportional set size of real kernels and all they started, after a DDP step: of one, and of a class."""
+    for n, target in ((4, "< 900"), (8, "< 1000")):
+        _, pss = kernels(1, n)
+        yield amount("memory (PSS) of kernel, torchrun, host and ranks", n, pss, pss, "MB", target)
+    for many in (1, 6, 12):
+        seconds, pss = kernels(many, 4)
+        about = f"{many} such notebooks at once:"
+        yield amount(f"{about} from the kernel's start to the step's end", 4, seconds[-1], seconds[0], "s")
+        yield amount(f"{about} memory (PSS) of each", 4, pss, pss, "MB")
+
+
+def amount(name, ranks, value, low, unit, target="stated"):
+    return {"name": name, "ranks": ranks, "median": value, "low": low, "high": value, "unit": unit, "target": target}
+
+
+def kernels(many, n):
+    """(sorted seconds from the start of a kernel to the end of NOTEBOOK, MB of each) of so many at once."""
     from jupyter_client.manager import start_new_kernel
 
-    for n, target in ((4, "< 900"), (8, "< 1000")):
-        manager, client = start_new_kernel()
-        client.execute_interactive(NOTEBOOK.format(n=n), timeout=120, output_hook=lambda _: None)
-        kernel = psutil.Process(manager.provisioner.pid)
-        pss = sum(p.memory_full_info().pss for p in [kernel, *kernel.children(recursive=True)]) / 1e6
+    def open_one(_):
+        began = time.perf_counter()
+        manager, client = start_new_kernel(startup_timeout=300)
+        client.execute_interactive(NOTEBOOK.format(n=n), timeout=600, output_hook=lambda _: None)
+        return time.perf_counter() - began, manager, client
+
+    with ThreadPoolExecutor(many) as pool:
+        opened = list(pool.map(open_one, range(many)))
+    roots = [psutil.Process(manager.provisioner.pid) for _, manager, _ in opened]
+    everything = [p for root in roots for p in [root, *root.children(recursive=True)]]
+    pss = sum(p.memory_full_info().pss for p in everything) / 1e6
+    for _, manager, client in opened:
         client.stop_channels()
         manager.shutdown_kernel()
-        yield {
-            "name": "memory (PSS) of kernel, torchrun, host and ranks", "ranks": n,
-            "median": pss, "low": pss, "high": pss, "unit": "MB", "target": target,
-        }  # fmt: skip
+    return sorted(seconds for seconds, *_ in opened), pss / many

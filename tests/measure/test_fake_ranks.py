@@ -95,6 +95,7 @@ def sharded(kind, size, length):
 
 
 @pytest.mark.timeout(150)
+@pytest.mark.share(1)
 @pytest.mark.parametrize("kind", ["fully_shard", "ours", "tensor parallel"])
 def test_eight_billion_parameters_on_4096_ranks(kind):
     trace = fake_trace(sharded, kind, {}, 2048, world_size=4096, ranks=[7])

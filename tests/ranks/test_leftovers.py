@@ -84,7 +84,7 @@ def test_shared_memory_of_a_program_that_was_stopped(tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text(f"{text}open('name', 'w').write(m.name)\ntime.sleep(600)")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RankHang):
-        torchrun("program.py", nproc=1, quiet=True, timeout=60)
+        torchrun("program.py", nproc=1, quiet=True, timeout=25)
     assert not left([(tmp_path / "name").read_text()])
 
 

@@ -50,7 +50,7 @@ def test_a_rank_that_ends_while_others_wait_for_it(tmp_path, how, nproc, fork):
 def test_a_rank_that_has_ended_is_not_busy(tmp_path):
     (tmp_path / "ends.py").write_text(ENDS)
     with pytest.raises(RankHang) as caught:
-        torchrun(tmp_path / "ends.py", "sleeps", nproc=2, quiet=True, timeout=60)
+        torchrun(tmp_path / "ends.py", "sleeps", nproc=2, quiet=True, timeout=25)
     assert caught.value.message.startswith("no sign of life from rank 0 for") and "rank 1 had finished" in str(
         caught.value
     )

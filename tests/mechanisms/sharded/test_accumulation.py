@@ -57,6 +57,7 @@ def on_every_world(cases):
     return True
 
 
+@pytest.mark.share(4)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("ways", WAYS, ids=" ".join)
 def test_micro_batches_equal_one_process(ranks, stage, ways):
