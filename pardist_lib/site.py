@@ -20,6 +20,7 @@ import nbformat
 
 ROOT = Path(__file__).parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
+STYLE = ".cell_output caption { color: inherit }"  # the theme's is grey on grey where it is dark
 SETTINGS = {
     "extensions": ["myst_nb"],
     "html_theme": "sphinx_book_theme",
@@ -107,7 +108,7 @@ def _front(readme, notebooks, repository):
 
 
 def _with_words(page, alts):
-    """The page's text, its pictures with their alt text, and loaded when they come into sight."""
+    """The page's text with our style, its pictures with their alt text and loaded when they come into sight."""
 
     def better(found):
         tag = found[0]
@@ -118,7 +119,8 @@ def _with_words(page, alts):
             tag = re.sub(r' alt="[^"]*"', "", tag).replace("<img", f'<img alt="{html.escape(known)}" loading="lazy"')
         return tag
 
-    return re.sub(r"<img\b[^>]*>", better, page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8").replace("</head>", f"<style>{STYLE}</style></head>")
+    return re.sub(r"<img\b[^>]*>", better, text)
 
 
 def problems(page, folder):
