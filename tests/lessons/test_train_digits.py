@@ -13,7 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 from pardist_lib.lessons.lesson06 import train_digits
 from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.ranks import RankHang, torchrun
-from tests.versions import since
 
 
 def program(wrap, epochs=2):
@@ -50,8 +49,12 @@ from pathlib import Path
 import train_digits
 
 class Wrapped(train_digits.DistributedDataParallel):
-    def __init__(self, model):
-        super().__init__(model)
+    def forward(self, x):
+        if len(x) < 32:  # the epoch's last batch: on a busy machine each one would take seconds
+            self.make_threads_slow()
+        return super().forward(x)
+
+    def make_threads_slow(self):
         sys.setswitchinterval(1000)
         core = {min(os.sched_getaffinity(0))}
         os.sched_setaffinity(0, core)
@@ -74,7 +77,7 @@ def slowly(folder, without=""):
     assert len(kept) == len(lines) - bool(without)
     (folder / "train_digits.py").write_text("".join(kept))
     (folder / "slow.py").write_text(SLOW_THREADS)
-    return "".join(torchrun(folder / "slow.py", nproc=2, quiet=True, timeout=15 if without else 60))
+    return "".join(torchrun(folder / "slow.py", nproc=2, quiet=True, timeout=25 if without else 60))
 
 
 @ON_LINUX
@@ -84,7 +87,9 @@ def test_it_ends_also_where_gloos_thread_is_slow(tmp_path):
 
 
 @ON_LINUX
-@since("2.13", "has no such trap")
+@pytest.mark.skipif(
+    not torch.__version__.startswith("2.13."), reason="the trap is torch 2.13's: not in 2.11, nor in 2.14"
+)
 def test_where_the_model_goes_last_it_waits_for_ever_and_is_told_why(tmp_path):
     with pytest.raises(RankHang, match="DistributedDataParallel that is freed after"):
         slowly(tmp_path, without="    del model")
