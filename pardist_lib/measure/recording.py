@@ -59,9 +59,10 @@ def record(fn, /, *args, memory=False, **kwargs):
     """Run `fn(*args, **kwargs)` on this rank; returns (its result, a record of it: plain data for `Trace`).
 
     The record: (rank, start, end, messages, compute), and with memory=True a sixth, (times, bytes by kind) as in
-    memory.py; messages a list of (name, start, end, bytes, group, peer, torch's name of the group) in the order of the
-    calls; compute (names, integer array (operations, 3) of index of name, start, end). Times in ns of the machine's
-    clock, which all its ranks share. Conventions are `Trace`'s.
+    memory.py, else None; a seventh, regions, where the run marked any. messages: a list of (name, start, end, bytes,
+    group, peer, torch's name of the group) in the order of the calls; compute: (names, integer array (operations, 3) of
+    index of name, start, end); regions: [(name, start, end)] of torch.profiler.record_function. Times in ns of the
+    machine's clock, which all its ranks share. Conventions are `Trace`'s.
 
     Costs about 0.3 µs for each tensor operation while `fn` runs, a few µs for each send and receive, and
     afterwards some 5 µs for each operation and 15 µs for each collective that the flight recorder holds. Sends
@@ -85,8 +86,9 @@ def record(fn, /, *args, memory=False, **kwargs):
     gc.disable()  # a pass through all of torch's objects would take longer than what follows
     try:
         rank = dist.get_rank() if dist.is_initialized() else 0
-        made = rank, *_read(profile.kineto_results.events(), members, unknown_senders)
-        return result, (*made, watch.history()) if memory else made
+        *made, regions = rank, *_read(profile.kineto_results.events(), members, unknown_senders)
+        held = [watch.history()] if memory else [None] * bool(regions)
+        return result, (*made, *held, *[regions] * bool(regions))
     finally:
         if collecting:
             gc.enable()
@@ -178,8 +180,8 @@ class _Call:
 
 
 def _read(events, members, unknown_senders):
-    """(start, end, messages, compute) of a record from the profiler's events."""
-    talk, operations, device = _sorted_out(events)
+    """(start, end, messages, compute, regions) of a record from the profiler's events."""
+    talk, operations, device, regions = _sorted_out(events)
     run = [(start, -end) for start, end, _, name in talk if name == RUN]
     if len(run) != 1:
         raise RuntimeError(_DISTURBED)
@@ -191,13 +193,13 @@ def _read(events, members, unknown_senders):
     numbers = {}
     table = [(numbers.setdefault(name, len(numbers)), start, end) for name, start, end in compute]
     table = np.array(table, dtype=np.int64).reshape(-1, 3)
-    return *run[0], [m for m in messages if m is not None], (list(numbers), table)
+    return *run[0], [m for m in messages if m is not None], (list(numbers), table), regions
 
 
 def _sorted_out(events):
     """Events that tell of communication and those of tensor operations, as (start, -end, thread, name) in such an
-    order that what contains comes before what it contains; and the GPU's events."""
-    talk, operations, device, lists = [], [], [], {}
+    order that what contains comes before what it contains; the GPU's events; and regions, (name, start, end)."""
+    talk, operations, device, regions, lists = [], [], [], [], {}
     on_host, gpu = torch.autograd.DeviceType.CPU, torch.cuda.is_available()
     for e in events:
         name = e.name()
@@ -208,7 +210,9 @@ def _sorted_out(events):
             device.append(e)
         elif (rows := lists[name]) is not None:
             rows.append((e.start_ns(), -e.end_ns(), e.device_resource_id(), name))
-    return sorted(talk), sorted(operations), device
+        elif e.is_user_annotation():
+            regions.append((name, e.start_ns(), e.end_ns()))
+    return sorted(talk), sorted(operations), device, sorted(regions, key=lambda row: row[1])
 
 
 def _calls(talk):

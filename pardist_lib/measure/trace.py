@@ -22,7 +22,7 @@ class Event:
     """One operation or one message of one rank."""
 
     rank: int
-    kind: str  # "compute" | "communication"
+    kind: str  # "compute" | "communication" | "region"
     name: str  # "addmm", ... | "all_reduce", "send", ...
     start: float  # seconds from the trace's zero, the same on all ranks
     end: float
@@ -72,7 +72,7 @@ class Trace:
 
     def __init__(self, records):
         results, ranks = zip(*records, strict=True)
-        self._ranks = [r[:5] for r in ranks]
+        self._ranks, self._regions = [r[:5] for r in ranks], [r[6] if len(r) > 6 else [] for r in ranks]
         self.results = list(results)
         self.world_size = len(results)
         self._zero = min(start for _, start, *_ in ranks)
@@ -92,6 +92,16 @@ class Trace:
             for (name, start, end, size, group, peer, *_), (who, late) in zip(messages, waited, strict=True):
                 times = (start - zero) / 1e9, (end - zero) / 1e9
                 found.append(Event(rank, "communication", name, *times, size, group, peer, who, late / 1e9))
+        return sorted(found, key=lambda e: e.start)
+
+    @cached_property
+    def regions(self):
+        """What the run marked with `torch.profiler.record_function(name)`, by start: a Pipeline its actions, a reader
+        what they like."""
+        found = []
+        for (rank, *_), regions in zip(self._ranks, self._regions, strict=True):
+            for name, start, end in regions:
+                found.append(Event(rank, "region", name, (start - self._zero) / 1e9, (end - self._zero) / 1e9))
         return sorted(found, key=lambda e: e.start)
 
     @property
@@ -139,8 +149,8 @@ class Trace:
 
     def to_perfetto(self, path):
         """Write the trace as a file that ui.perfetto.dev and chrome://tracing open: each rank a process with a track
-        for compute, tracks for communication (what overlaps lies on several) and, where it was recorded, memory by
-        kind; sends are tied to their receives. A path that ends in .gz is compressed. Returns the path.
+        for compute, tracks for communication (what overlaps lies on several) and, where there are any, for regions and
+        for memory by kind; sends are tied to their receives. A path that ends in .gz is compressed. Returns the path.
 
         Raises ValueError for a path that ends in neither .json nor .json.gz.
         """
@@ -236,6 +246,12 @@ def _chrome(trace):
                 flow = {"cat": "message", "name": "message", "id": number}
                 yield {"ph": "s", "pid": s.rank, "tid": out, "ts": s.start * 1e6} | flow
                 yield {"ph": "f", "bp": "e", "pid": r.rank, "tid": into, "ts": r.end * 1e6} | flow
+    for e in trace.regions:
+        track = {"pid": e.rank, "tid": 1000}
+        if ("regions", e.rank) not in named:
+            named.add(("regions", e.rank))
+            yield {"ph": "M", "name": "thread_name", "args": {"name": "regions"}} | track
+        yield {"ph": "X", "cat": e.kind, "name": e.name, "ts": e.start * 1e6, "dur": (e.end - e.start) * 1e6} | track
     for rank, memory in trace.memory.items():
         for when, held in zip(memory.times.tolist(), memory.bytes.tolist(), strict=True):
             args = dict(zip(KINDS, held, strict=True))

@@ -170,8 +170,10 @@ def _watch(conn, main_thread):
             question = conn.recv()
             frame, frames, spot = sys._current_frames().get(main_thread), [], None
             for f, line in traceback.walk_stack(frame):
-                frames.append((f.f_code.co_filename, line or f.f_code.co_firstlineno, f.f_code.co_name))
-                if spot is None and ledgers.is_readers(f.f_code.co_filename):
+                code = f.f_code  # where its name is not enough, a library's function says what it does in __doing__
+                name = f.f_locals.get("__doing__", code.co_name) if "__doing__" in code.co_varnames else code.co_name
+                frames.append((code.co_filename, line or code.co_firstlineno, name))
+                if spot is None and ledgers.is_readers(code.co_filename):
                     spot = waits.spot(f)
             conn.send((question, frames[::-1], spot, _collectives_so_far(), waits.under_way()))
     except (EOFError, OSError):

@@ -113,6 +113,8 @@ def doing(frames, call):
     filename, number, _ = here
     source = linecache.getline(filename, number).strip()
     spot = f"at {cell_name(filename)}, line {number}"
+    if does := next((name for *_, name in reversed(frames) if " " in name), ""):  # see rank.py: no function's name
+        spot = f"for {does}, {spot}"
     if call and call.place == f"{filename}:{number}":
         return f"in {call.text} {spot}"
     return (f"in {call.text} " if call else "") + spot + (f": {source}" if source else "")

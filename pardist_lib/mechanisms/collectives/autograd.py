@@ -102,6 +102,23 @@ def reduce_scatter_to_group(x, dim=0, group=None):
     return _ReduceScatter.apply(x, _dimension(x, dim), group)
 
 
+def wanted(ctx):
+    """Which inputs of a torch.autograd.Function need a gradient in *this* backward: [bool of each], for its backward.
+
+    ctx.needs_input_grad says what was so in forward. A backward that is asked for some gradients only
+    (torch.autograd.grad, or `inputs=`; the two halves of a pipeline's backward) may need fewer.
+    """
+    nodes = (node for node, _ in ctx.next_functions if node is not None)  # one for each that needed it in forward
+    return [needed and _reached(next(nodes)) for needed in ctx.needs_input_grad]
+
+
+def _reached(node):
+    try:
+        return torch._C._will_engine_execute_node(node)  # as torch.autograd.graph does, too
+    except RuntimeError:  # a leaf that torch.autograd.grad was asked for
+        return True
+
+
 # ---- forward and backward -------------------------------------------------------------------------------------
 
 

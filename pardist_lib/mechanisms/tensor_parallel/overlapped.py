@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ..collectives.autograd import gathered, scattered_sum
+from ..collectives.autograd import gathered, scattered_sum, wanted
 from ..group import rank_and_size, split_sizes
 
 
@@ -66,7 +66,7 @@ class _Column(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
+        for_x, for_weight, for_bias, *_ = wanted(ctx)
         grad_x = grad_weight = None
         works = []
         if for_x and ctx.dim is None:
@@ -102,7 +102,7 @@ class _Row(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
+        for_x, for_weight, for_bias, *_ = wanted(ctx)
         if ctx.dim is not None:
             grad = gathered(grad, ctx.dim, ctx.sizes, ctx.group)
         grad_x = grad @ weight if for_x else None
