@@ -11,7 +11,7 @@ PAPER, INK, LINE = "#fafaf8", "#1a1a1a", "#b8b8b2"
 # None is a rank's colour. Forward is green; all that is backward is of one family. The second: the text upon it.
 COLOURS = {"F": ("#b3de69", "#000"), "B": ("#5f0f40", "#fff"), "I": ("#7f6a93", "#fff"), "W": ("#dcd3e6", "#000")}
 LEFT, TOP, ROW, BOX = 58, 56, 28, 22  # pixels: beside and above the boxes, from line to line, a box's height
-LETTER = 6.6  # pixels: of 11 pixel high text, rather too much
+LETTER = 7  # pixels: of text that is 11 pixels high, on average a little less
 WIDEST = 8000  # pixels: where the boxes would be wider they become too narrow for their words, which are left out
 
 

@@ -2,7 +2,7 @@
 
 from itertools import count
 
-from .action import read_action
+from .action import Action, read_action
 from .simulate import run, waits_for
 
 
@@ -24,7 +24,7 @@ def _check_cells(rows):
         if not row:
             raise ValueError(f"rank {rank} has no action: give it a stage, or leave the rank out")
         for place, cell in enumerate(row):
-            if read_action(cell, rank, place) != cell:
+            if read_action(cell, rank, place) is None or not isinstance(cell, Action):
                 raise ValueError(f"rank {rank} at place {place} ({cell}): is no Action: Schedule(rows) makes one of it")
 
 
@@ -50,7 +50,7 @@ def _check_stages(places):
     there = {action.stage for action in places}
     missing = next(stage for stage in count() if stage not in there)
     if missing < len(there):
-        after = min(action for action in places if action.stage > missing)
+        after = next(action for action in places if action.stage > missing)
         raise ValueError(
             f"{_at(after, places)}: there is no stage {missing} before it: stages go from 0 on without a gap"
         )
@@ -74,13 +74,11 @@ def _check_completeness(schedule, places):
             raise ValueError(
                 f"{_at(I if 'I' in kinds else W, places)}: half a backward: {W if 'I' in kinds else I} is missing"
             )
-    rank_of = schedule.rank_of
-    all_there = {action.micro_batch for action in places}
-    for stage, rank in enumerate(rank_of):
+    for stage, rank in enumerate(schedule.rank_of):
         own = {action.micro_batch for action in schedule.rows[rank] if action.stage == stage}
         missing = next(i for i in count() if i not in own)
-        if later := [i for i in all_there if i >= missing]:
-            proof = min(action for action in places if action.micro_batch == min(later))
+        proof = next((action for action in places if action.micro_batch >= missing), None)
+        if proof:
             raise ValueError(
                 f"rank {rank} has no micro-batch {missing} on stage {stage}, but there is {_at(proof, places)}: every "
                 "stage has every micro-batch, from 0 on without a gap"
@@ -88,7 +86,7 @@ def _check_completeness(schedule, places):
 
 
 def _check_order(places):
-    for action, (rank, place) in places.items():
+    for action, (_, place) in places.items():
         earlier = {"F": "", "B": "F", "I": "F", "W": "I"}[action.kind]
         if earlier and places[action._replace(kind=earlier)][1] > place:
             first = action._replace(kind=earlier)

@@ -66,7 +66,7 @@ def seconds_of(schedule, F, I, W):  # noqa: E741
     rank_of = schedule.rank_of
     seconds = {}
     for kind, given in (("F", F), ("I", I), ("W", W)):
-        whole = not hasattr(given, "__len__")
+        whole = isinstance(given, str) or not hasattr(given, "__len__")
         if not whole and len(given) != schedule.stages:
             raise ValueError(
                 f"{kind} has {len(given)} times for {schedule.stages} stages: one for each, or one for all"
