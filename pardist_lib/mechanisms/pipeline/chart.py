@@ -16,11 +16,12 @@ WIDEST = 8000  # pixels: where the boxes would be wider they become too narrow f
 
 
 class Chart:
-    """timed: as Schedule.times returns; words: what is seen, told in a line. `svg`: the picture as text."""
+    """timed: as Schedule.times returns; words: what is seen, told in a line; scale: pixels a second, or None for as
+    many as the words in the boxes need. `svg`: the picture as text."""
 
-    def __init__(self, timed, words):
+    def __init__(self, timed, words, scale=None):
         self.words = words
-        self.svg = _draw(timed, words)
+        self.svg = _draw(timed, words, scale)
 
     def _repr_html_(self):
         """Wide pictures scroll; an image that were shrunk to the page could not be read."""
@@ -30,7 +31,7 @@ class Chart:
         return self.words
 
 
-def _draw(timed, words):
+def _draw(timed, words, scale):
     many = any(row[0][0].stage != action.stage for row in timed for action, _, _ in row)  # several stages on a rank
     boxes = [
         (action.kind, str(action) if many else f"{action.kind}{action.micro_batch}", rank, start, end - start)
@@ -39,7 +40,7 @@ def _draw(timed, words):
     ]
     length = max(start + seconds for *_, start, seconds in boxes) or 1
     room = [(len(label) * LETTER + 3) / seconds for _, label, _, _, seconds in boxes if seconds]
-    scale = min(max(room, default=1), WIDEST / length)  # pixels a second
+    scale = scale or min(max(room, default=1), WIDEST / length)
     kinds = [kind for kind in KINDS if any(kind == box[0] for box in boxes)]
     legend = [f"{kind} {KINDS[kind]}" for kind in kinds]
     width = max(LEFT + length * scale, len(words) * LETTER, sum(len(text) * LETTER + 34 for text in legend)) + 12

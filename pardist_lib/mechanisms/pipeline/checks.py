@@ -60,20 +60,20 @@ def _check_completeness(schedule, places):
     """Each stage has each micro-batch: one F, and one B or else one I and one W."""
     for action in places:
         kinds = {kind for kind in "FBIW" if action._replace(kind=kind) in places}
-        here, (F, B, I, W) = _at(action, places), (action._replace(kind=kind) for kind in "FBIW")  # noqa: E741
+        F, B, I, W = (action._replace(kind=kind) for kind in "FBIW")  # noqa: E741
+        here = _at(action, places)
         halves = [str(half) for half in (I, W) if half.kind in kinds]
         if "F" not in kinds:
             raise ValueError(f"{here}: a backward without its forward: {F} is missing")
         if "B" in kinds and halves:
             raise ValueError(
-                f"{_at(B, places)}: B is I and W in one, but {' and '.join(halves)} is there, too: B or both"
+                f"{_at(B, places)}: B is I and W in one, but here is {' and '.join(halves)}, too: leave one out"
             )
         if kinds == {"F"}:
             raise ValueError(f"{here}: a forward without its backward: add {B}, or {I} and {W}")
         if len(halves) == 1 and "B" not in kinds:
-            raise ValueError(
-                f"{_at(I if 'I' in kinds else W, places)}: half a backward: {W if 'I' in kinds else I} is missing"
-            )
+            half, missing = (I, W) if "I" in kinds else (W, I)
+            raise ValueError(f"{_at(half, places)}: half a backward: {missing} is missing")
     for stage, rank in enumerate(schedule.rank_of):
         own = {action.micro_batch for action in schedule.rows[rank] if action.stage == stage}
         missing = next(i for i in count() if i not in own)

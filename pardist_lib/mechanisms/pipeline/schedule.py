@@ -3,6 +3,8 @@
 Each rank works through its row from left to right, and waits where it needs what another rank has not yet sent.
 """
 
+from html import escape
+
 from . import simulate
 from .action import read_action
 from .chart import Chart
@@ -18,7 +20,8 @@ class Schedule:
     """
 
     def __init__(self, rows):
-        if isinstance(rows, str) or any(isinstance(row, str) for row in rows):
+        rows = list(rows)
+        if any(isinstance(row, str) for row in rows):
             raise ValueError("rows are lists of actions: Schedule.parse(text) reads a table that is a text")
         read = [[read_action(cell, rank, place) for place, cell in enumerate(row)] for rank, row in enumerate(rows)]
         self.rows = [[action for action in row if action] for row in read]
@@ -68,7 +71,7 @@ class Schedule:
 
         T: the longest span of a rank, from the start of its first action to the end of its last. Where stages differ,
         m·(F + I + W) is the work of the rank that has most. Arguments and errors: as `times`.
-        Source: Qi et al., "Zero Bubble Pipeline Parallelism" (2023), section 5.3.
+        Source: Qi et al., "Zero Bubble Pipeline Parallelism" (2023), table 5.
         """
         span = max(row[-1][2] - row[0][1] for row in self.times(F, I, W, message))
         work = self.micro_batches * max(simulate.seconds_of_ranks(self, F, I, W))
@@ -82,15 +85,23 @@ class Schedule:
         """
         return [simulate.most_held(row) for row in self.rows]
 
-    def chart(self, F=1, I=1, W=1, message=0):  # noqa: E741
-        """The picture of `times`: a line for each rank, a box for each action; how the schedule shows itself."""
+    def chart(self, F=1, I=1, W=1, message=0, *, scale=None):  # noqa: E741
+        """The picture of `times`: a line for each rank, a box for each action. With F = I = W = 1 a schedule shows so.
+
+        scale: pixels a second, the same for pictures that are compared; None for as many as the words in the boxes
+        need. The other arguments and errors: as `times`.
+        """
         p, m, held = self.ranks, self.micro_batches, ", ".join(map(str, self.in_flight()))
         bubble = f"{100 * self.bubble(F, I, W, message):.1f} %"
-        words = f"{p} ranks, {m} micro-batches: bubble {bubble}, in flight {held} (ranks 0 to {p - 1})"
-        return Chart(self.times(F, I, W, message), words)
+        time = f"{self.makespan(F, I, W, message):,.6g}"
+        words = f"{p} ranks, {m} micro-batches: time {time}, bubble {bubble}, in flight {held}"
+        return Chart(self.times(F, I, W, message), words, scale)
 
     def _repr_html_(self):
-        return self.chart()._repr_html_()
+        try:
+            return self.chart()._repr_html_()
+        except ValueError as error:  # a table that cannot run: its rows, and why
+            return f"<pre>{escape(repr(self))}\n\n{escape(str(error))}</pre>"
 
     @property
     def ranks(self):

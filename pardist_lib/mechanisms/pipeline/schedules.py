@@ -10,14 +10,13 @@ from operator import index
 
 from .action import Action
 from .schedule import Schedule
-from .simulate import waits_for
 
 
 def gpipe(p, m):
     """All forwards, then all backwards. Time: (m + p − 1)·(F + B); in flight: m on every rank.
 
     p: ranks, of one stage each; m: micro-batches. Raises ValueError where one is no whole number from 1 on.
-    Source: Huang et al., "GPipe" (2019), section 2.3.
+    Source: Huang et al., "GPipe" (2019), section 2.
     """
     p, m = _whole(p=p, m=m)
     rows = []
@@ -85,7 +84,7 @@ def zero_bubble(p, m):
 
     p: ranks, of one stage each; m: micro-batches, at least p. Raises ValueError for fewer, with the nearest m, and
     where one is no whole number from 1 on.
-    Source: Qi et al., "Zero Bubble Pipeline Parallelism" (2023), section 2.2.
+    Source: Qi et al., "Zero Bubble Pipeline Parallelism" (2023), section 2.
     """
     p, m = _whole(p=p, m=m)
     if m < p:
@@ -119,49 +118,40 @@ def _warm_up_steady_cool_down(forwards, backwards, warm_up):
 def zbv(p, m):
     """ZB-V: two stages on a rank, r and 2p − 1 − r, so that a micro-batch goes down the ranks and up again, as in a V.
 
-    Where F = I = W and m ≥ 2p − 1, no rank waits between its first action and its last: time (m + (p − 1)/6)·(F + B),
-    the p − 1 steps of half an F in which the first micro-batch comes down to the last rank. In flight: at most 2p of a
-    stage's micro-batches, as much memory as 1F1B's p whole ones. The loss is on rank 0, where the input is, too.
+    Where F = I = W and m ≥ 2p − 1, no rank waits between its first action and its last: the whole takes
+    (m + (p − 1)/6)·(F + B), in which the last rank starts p − 1 stages late. In flight: at most 2p of a stage's
+    micro-batches, as much memory as p whole ones, the most of 1F1B. The loss is on rank 0, where the input is.
 
-    The table is made as the ranks would: step by step each does what comes first in `_next_in_v`.
+    Smaller m take the table of m = 2p − 1, and leave out what they have not.
 
     p: ranks; m: micro-batches. Raises ValueError where one is no whole number from 1 on.
     Source: Qi et al., "Zero Bubble Pipeline Parallelism" (2023), section 6; "Pipeline Parallelism with Controllable
     Memory" (2024).
     """
     p, m = _whole(p=p, m=m)
-    rows, finished = [[] for _ in range(p)], set()
-    counts = [Counter() for _ in range(p)]  # of each rank: {(stage, kind): how many it has done}
-    while len(finished) < 6 * p * m:
-        step = [_next_in_v(rank, counts[rank], finished, p, m) for rank in range(p)]
-        for row, count, action in zip(rows, counts, step, strict=True):
-            if action:
-                row.append(action)
-                count[action.stage, action.kind] += 1
-        finished.update(filter(None, step))
+    full = max(m, 2 * p - 1)
+    rows = []
+    for rank in range(p):
+        F, I, W = (Action(rank, kind, 0) for kind in "FIW")  # noqa: E741 - the stage on the way down
+        f, i, w = (Action(2 * p - 1 - rank, kind, 0) for kind in "FIW")  # and the one on the way up
+        row = [F] * (2 * (p - rank) - 1)  # warm-up: down, until the first micro-batch comes up again;
+        row += [f, F] * rank  # up and down in turn, until its first gradient comes;
+        row += [f, i, w] * (p - rank)  # one up, one back, until that gradient has been to the last rank and back
+        row += [F, I, W, f, i, w] * (full - 2 * p + 1 + rank)  # steady: one forward, one backward on each stage
+        row += [I, W, f, i, w] * (p - rank - 1)  # all micro-batches have been down: the last ones come up
+        row += [I, i] * rank  # cool-down: first what others wait for,
+        row += [I, W] * (p - rank)
+        row += [w] * rank + [W] * rank  # then what nobody waits for
+        rows.append([action for action in _numbered(row) if action.micro_batch < m])
     return Schedule(rows)
 
 
-def _next_in_v(rank, count, finished, p, m):
-    """What a rank does next: forward while memory lasts, else backward to the input; and W where nothing else can be.
-
-    The micro-batch that is nearer to its end goes first. Where 2p are in flight and forwards are still to come, W
-    comes before the backward of the second stage: it makes the room.
-    """
-    down, up = rank, 2 * p - 1 - rank
-    held = sum(count[stage, "F"] - count[stage, "W"] for stage in (down, up))
-    forward, to_input, weights = [(up, "F"), (down, "F")], [(down, "I"), (up, "I")], [(down, "W"), (up, "W")]
-    if held < 2 * p:
-        order = [*forward, *to_input, *weights]
-    elif count[up, "F"] < m:
-        order = [to_input[0], *weights, to_input[1]]
-    else:
-        order = [*to_input, *weights]
-    for stage, kind in order:
-        action = Action(stage, kind, count[stage, kind])
-        if action.micro_batch < m and all(need in finished for need in waits_for(action, 2 * p)):
-            return action
-    return None
+def _numbered(row):
+    """The actions with their micro-batches: of each stage and kind from 0 on."""
+    done = Counter()
+    for action in row:
+        yield action._replace(micro_batch=done[action])
+        done[action] += 1
 
 
 def _whole(**numbers):

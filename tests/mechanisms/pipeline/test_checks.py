@@ -25,9 +25,9 @@ WRONG = {
     "no forward": ("0F0 0B0 0B1", "rank 0 at place 2 (0B1): a backward without its forward: 0F1 is missing"),
     "whole and in halves": (
         "0F0 0B0 0I0 0W0",
-        "rank 0 at place 1 (0B0): B is I and W in one, but 0I0 and 0W0 is there",
+        "rank 0 at place 1 (0B0): B is I and W in one, but here is 0I0 and 0W0, too",
     ),
-    "whole and W": ("0F0 0B0 0W0", "rank 0 at place 1 (0B0): B is I and W in one, but 0W0 is there, too"),
+    "whole and W": ("0F0 0B0 0W0", "rank 0 at place 1 (0B0): B is I and W in one, but here is 0W0, too"),
     "I without W": ("0F0 0I0", "rank 0 at place 1 (0I0): half a backward: 0W0 is missing"),
     "W without I": ("0F0 0W0", "rank 0 at place 1 (0W0): half a backward: 0I0 is missing"),
     "a micro-batch missing everywhere": (

@@ -216,7 +216,7 @@ def test_a_schedule_shows_itself_with_every_action_in_words(make):
     boxes = sum(element.get("d", "").count("v22") for element in svg.iter())
     assert boxes == sum(map(len, schedule.rows))
     title = next(element.text for element in svg.iter() if element.tag.endswith("title"))
-    assert f"4 ranks, {schedule.micro_batches} micro-batches: bubble" in title
+    assert f"4 ranks, {schedule.micro_batches} micro-batches: time {schedule.makespan(1, 1, 1):g}, bubble" in title
     assert f"in flight {', '.join(map(str, schedule.in_flight()))}" in title
     assert int(svg.get("font-size")) >= 10 and "overflow-x:auto" in html
     assert len(html) < 100_000
@@ -228,7 +228,18 @@ def test_a_chart_of_other_times_is_drawn_to_their_scale():
     assert widths == [pytest.approx(widths[0]), pytest.approx(widths[0] * 2 / 3, abs=0.1)]
     huge = one_f_one_b(4, 64).chart(1000, 1000, 0.001)
     assert int(re.search(r'width="(\d+)"', huge.svg)[1]) < 9000
-    assert repr(huge).startswith("4 ranks, 64 micro-batches: bubble 4.5 %, in flight 4, 3, 2, 1")
+    assert repr(huge).startswith("4 ranks, 64 micro-batches: time 134,000, bubble 4.5 %, in flight 4, 3, 2, 1")
+
+
+def test_charts_that_are_compared_share_a_scale():
+    for schedule in (gpipe(4, 8), interleaved(4, 8, 2)):
+        width = int(re.search(r'width="(\d+)"', schedule.chart(scale=40).svg)[1])
+        assert width == pytest.approx(40 * schedule.makespan(1, 1, 1) + 70)
+
+
+def test_a_table_that_cannot_run_shows_its_rows_and_why():
+    html = Schedule.parse("0F0 0B0 0F1 0B1\n1F0 1F1 1B0 1B1")._repr_html_()
+    assert "rank 1: 1F0 1F1 1B0 1B1" in html and "the ranks wait for each other" in html and "<svg" not in html
 
 
 def test_the_charts_colours_can_be_read_and_are_no_ranks():

@@ -136,12 +136,9 @@ def test_interleaved_is_torchs(p, groups, v):
 
 
 @pytest.mark.parametrize("p", range(1, 9))
-def test_zbv_is_never_longer_than_torchs_nor_needs_more(p):
-    for m in sorted({1, 2, p, p + 1, p + 2, 2 * p - 2, 2 * p - 1, 2 * p, 3 * p + 1} - {0}):
-        ours, theirs = zbv(p, m), torchs("ZBVZeroBubble", p, m)
-        assert ours.makespan(2, 2, 2) <= theirs.makespan(2, 2, 2)
-        assert ours.bubble(2, 2, 2) <= theirs.bubble(2, 2, 2)
-        assert max(ours.in_flight()) <= max(theirs.in_flight())
+def test_zbv_is_torchs(p):
+    for m in (1, 2, p, p + 2, 2 * p - 1, 2 * p, 3 * p + 1):
+        assert zbv(p, m) == torchs("ZBVZeroBubble", p, m)
 
 
 # ---- what holds for any times ------------------------------------------------------------------------------------
