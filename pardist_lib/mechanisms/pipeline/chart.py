@@ -9,7 +9,7 @@ from .action import KINDS
 
 PAPER, INK, LINE = "#fafaf8", "#1a1a1a", "#b8b8b2"
 # None is a rank's colour. Forward is green; all that is backward is of one family. The second: the text upon it.
-COLOURS = {"F": ("#b3de69", "#000"), "B": ("#5f0f40", "#fff"), "I": ("#7f6a93", "#fff"), "W": ("#dcd3e6", "#000")}
+COLOURS = {"F": ("#b3de69", "#000"), "B": ("#5f0f40", "#fff"), "I": ("#7f6a93", "#fff"), "W": ("#cbbbdc", "#000")}
 LEFT, TOP, ROW, BOX = 58, 56, 28, 22  # pixels: beside and above the boxes, from line to line, a box's height
 LETTER = 7  # pixels: of text that is 11 pixels high, on average a little less
 WIDEST = 8000  # pixels: where the boxes would be wider they become too narrow for their words, which are left out
@@ -39,7 +39,7 @@ def _draw(timed, words, scale):
         for action, start, end in row
     ]
     length = max(start + seconds for *_, start, seconds in boxes) or 1
-    room = [(len(label) * LETTER + 3) / seconds for _, label, _, _, seconds in boxes if seconds]
+    room = [(len(label) * LETTER + 6) / seconds for _, label, _, _, seconds in boxes if seconds]
     scale = scale or min(max(room, default=1), WIDEST / length)
     kinds = [kind for kind in KINDS if any(kind == box[0] for box in boxes)]
     legend = [f"{kind} {KINDS[kind]}" for kind in kinds]
