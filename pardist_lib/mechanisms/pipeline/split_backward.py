@@ -41,9 +41,12 @@ def backward_to_inputs(roots, gradients, inputs):
         for hook in hooks:
             hook.remove()
     starts = [(node, passed[node], forks[node]) for node in forks if node in passed]
+    ends = {}  # {node: [gradient of each of its outputs]}: one operation may give several
     for edge, gradient in zip(inputs, found, strict=True):
-        if gradient is not None and (weights := _weights_below(edge.node)):  # none where the input itself is a leaf
-            starts.append((edge.node, (None,) * edge.output_nr + (gradient,), weights))
+        ends.setdefault(edge.node, [None] * len(edge.node._input_metadata))[edge.output_nr] = gradient
+    for node, gradients in ends.items():
+        if any(g is not None for g in gradients) and (weights := _weights_below(node)):  # none where it is a leaf
+            starts.append((node, tuple(gradients), weights))
     return found, starts
 
 
