@@ -34,6 +34,10 @@ def mlp(layers, dtype=torch.float64):
     return seeded([nn.Tanh() if i % 3 == 1 else nn.Linear(WIDTH, WIDTH) for i in range(layers)], dtype)
 
 
+def linears(layers, width=WIDTH, dtype=torch.float64):
+    return seeded([nn.Linear(width, width) for _ in range(layers)], dtype)
+
+
 def language_model(layers, dtype=torch.float64, dropout=0.0):
     """An embedding, blocks, and a head with the embedding's weight."""
     blocks = [nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Dropout(dropout))]

@@ -7,10 +7,10 @@ from torch import nn
 from pardist_lib.mechanisms.pipeline import Schedule, gpipe, interleaved, one_f_one_b, zbv, zero_bubble
 from tests.mechanisms.pipeline.nets import (
     WIDTH,
-    WORDS,
     agree,
     case,
     language_model,
+    linears,
     mlp,
     rows_of,
     seeded,
@@ -100,10 +100,6 @@ def test_frozen_stages_and_stages_without_parameters(ranks_of, p):
         without = lambda n=n: [nn.Identity(), nn.Tanh(), *linears(1), *(nn.Tanh() for _ in range(n - 2)), nn.Identity()]  # noqa: E731
         cases.append(case(f"without {s!r}"[:60], without, s, *batches))
     agree(ranks_of, p, cases)
-
-
-def linears(n):
-    return seeded([nn.Linear(WIDTH, WIDTH) for _ in range(n)])
 
 
 # ---- what travels -----------------------------------------------------------------------------------------------
