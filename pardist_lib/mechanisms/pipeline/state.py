@@ -12,7 +12,9 @@ class StateDicts:
     def _remember_names(self, layers):
         whole = nn.Sequential(*layers)
         self._names = list(whole.state_dict())
-        self._number = {p: i for i, p in enumerate(whole.parameters())}  # a shared one has one number
+        named = list(whole.named_parameters())
+        self._parameter_names = [name for name, _ in named]
+        self._number = {p: i for i, (_, p) in enumerate(named)}  # a shared one has one number
 
     def _gathered(self, thing):
         everyone = [None] * rank_and_size(self.group)[1]
@@ -39,14 +41,17 @@ class StateDicts:
         Every rank has to call it, with an optimizer of its own parameters; groups are put together by their order."""
         local = optimizer.state_dict()
         numbers = self._numbers(optimizer)
-        theirs = self._gathered([(numbers, local["state"], local["param_groups"])])
-        place = _places([n for [(n, _, _)] in theirs])
+        theirs = self._gathered((numbers, local["state"], local["param_groups"]))
+        place = _places([n for n, _, _ in theirs])
         state, groups = {}, [dict(g) for g in local["param_groups"]]
-        for [(numbers, values, _)] in theirs:
+        for numbers, values, _ in theirs:
             flat = [number for group in numbers for number in group]
             state.update({place[flat[i]]: value for i, value in values.items()})
         for g, group in enumerate(groups):
-            group["params"] = sorted(place[i] for i in {i for [(n, _, _)] in theirs for i in n[g]})
+            members = sorted({i for n, _, _ in theirs for i in n[g]})
+            group["params"] = [place[i] for i in members]
+            if any("param_names" in told[g] for *_, told in theirs):
+                group["param_names"] = [self._parameter_names[i] for i in members]
         return {"state": dict(sorted(state.items())), "param_groups": groups}
 
     def load_full_optimizer_state_dict(self, optimizer, state):
@@ -61,6 +66,7 @@ class StateDicts:
         i = 0
         for group, members in zip(groups, numbers, strict=True):
             group["params"], i = list(range(i, i + len(members))), i + len(members)
+            group.pop("param_names", None)  # the optimizer has its own
         optimizer.load_state_dict({"state": own, "param_groups": groups})
 
     def _numbers(self, optimizer):
@@ -73,5 +79,8 @@ class StateDicts:
 
 def _places(everyone):
     """{number in the network: place in the whole optimizer}: group after group, in the network's order."""
+    if len({len(numbers) for numbers in everyone}) > 1:
+        counts = [len(numbers) for numbers in everyone]
+        raise ValueError(f"the ranks' optimizers have {counts} groups of parameters: as many on each, empty ones too")
     groups = [sorted({i for numbers in everyone for i in numbers[g]}) for g in range(len(everyone[0]))]
     return {number: place for place, number in enumerate(i for group in groups for i in group)}
