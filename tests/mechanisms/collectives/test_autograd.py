@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pardist_lib import RankError
 from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms import collectives
+from pardist_lib.mechanisms.collectives.autograd import wanted as wanted_now
 from pardist_lib.mechanisms.group import split_sizes
 
 NAMES = [name for name in collectives.__all__ if name.endswith("_group")]
@@ -180,6 +181,43 @@ def test_bytes_of_forward_and_backward(ranks_of, n):
                     want = sum(w.get(op, 0) for w in wanted) if n > 1 else 0
                     assert sum(e.bytes for e in trace.collectives if e.rank == rank and e.name == op) == want, name
                 assert {e.name for e in trace.collectives} <= {"all_reduce", "send", "recv"}
+
+
+# ---- what a backward is asked for ----------------------------------------------------------------------------------
+
+
+class Asks(torch.autograd.Function):
+    """a·b·c (the number is for nothing), and in `asked` what each backward was asked for."""
+
+    asked = []
+
+    @staticmethod
+    def forward(ctx, a, number, b, c):
+        ctx.save_for_backward(a, b, c)
+        return a * b * c
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b, c = ctx.saved_tensors
+        Asks.asked.append(wanted_now(ctx))
+        return grad * b * c, None, grad * a * c, grad * a * b
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_function_knows_which_gradients_this_backward_is_for(leaf):
+    """The middle one never requires any. Of leaves, and of what has a graph itself."""
+    leaves = [torch.ones((), requires_grad=i != 1) for i in range(3)]
+    a, b, c = leaves if leaf else [t * 1 for t in leaves]
+    y = Asks.apply(a, 2.0, b, c)
+    Asks.asked.clear()
+    torch.autograd.grad(y, [a], retain_graph=True)
+    torch.autograd.grad(y, [c], retain_graph=True)
+    torch.autograd.grad(y, [c, a], retain_graph=True)
+    torch.autograd.backward(y, inputs=[leaves[2]], retain_graph=True)
+    torch.autograd.backward(y)
+    one, other, both = [True, *3 * [False]], [*3 * [False], True], [True, False, False, True]
+    assert Asks.asked == [one, other, both, other, both]
+    assert leaves[0].grad == 1 and leaves[2].grad == 2
 
 
 # ---- groups and what does not fit -----------------------------------------------------------------------------

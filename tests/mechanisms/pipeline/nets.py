@@ -39,7 +39,8 @@ def linears(layers, width=WIDTH, dtype=torch.float64):
 
 
 def language_model(layers, dtype=torch.float64, dropout=0.0):
-    """An embedding, blocks, and a head with the embedding's weight."""
+    """An embedding, blocks, and a head with the embedding's weight; four layers at least."""
+    layers = max(4, layers)
     blocks = [nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Dropout(dropout))]
     blocks += [nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout, batch_first=True) for _ in range(layers - 3)]
     made = [nn.Embedding(WORDS, WIDTH), *blocks, nn.Linear(WIDTH, WORDS, bias=False)]
@@ -82,7 +83,9 @@ def one_process(layers, x, target, loss, m=1, *, seed=None, scale=1.0, reduction
 # ---- ours beside it -------------------------------------------------------------------------------------------
 
 
-def case(what, build, schedule, *batches, loss=nn.functional.mse_loss, options=None, between=None, context=None, **near):
+def case(
+    what, build, schedule, *batches, loss=nn.functional.mse_loss, options=None, between=None, context=None, **near
+):
     """A training to compare. build: () → layers; batches: (x, target) or (x, target, step's options) of each step;
     options: Pipeline's; between(layers, step): changes the layers before a step; context: () → what a step runs in."""
     near = near or {"rtol": 1e-10, "atol": 1e-10}

@@ -3,8 +3,6 @@
 import gc
 
 import pytest
-import torch
-import torch.distributed as dist
 from torch import nn
 
 from pardist_lib.lessons.worlds import in_world
@@ -19,8 +17,8 @@ def tables(p):
 
 
 def beside(schedules):
-    """On a rank: two steps of each. The batch is a multiple of m, for torch weights micro-batches equally; and it divides
-    what earlier steps have left in .grad by m once more, hence zero_grad."""
+    """On a rank: two steps of each. The batch is a multiple of m, for torch weights micro-batches equally; and what
+    earlier steps have left in .grad it divides by m once more, hence zero_grad."""
     for schedule in schedules:
         n, rows = 2 * schedule.stages, 3 * schedule.micro_batches
         layers, theirs = mlp(n), mlp(n)

@@ -8,7 +8,6 @@ from torch import nn
 from pardist_lib.lessons.worlds import in_world
 from pardist_lib.mechanisms.pipeline import Pipeline, interleaved, one_f_one_b, zbv, zero_bubble
 from tests.mechanisms.pipeline.nets import (
-    WORDS,
     agree,
     case,
     close,
@@ -30,7 +29,7 @@ def test_dropout_draws_by_layer_and_micro_batch_and_checkpointing_draws_the_same
     cases = []
     for s in (one_f_one_b(p, p + 1), interleaved(p, 2 * p, 2), zbv(p, p + 1)):
         for checkpoint in (False, True):
-            build = lambda n=max(4, s.stages): language_model(n, dropout=0.3)  # noqa: E731
+            build = lambda n=s.stages: language_model(n, dropout=0.3)  # noqa: E731
             batches = [(words_of(9, k), words_of(9, k + 10), {"seed": f"run {k}"}) for k in range(2)]
             options = {"checkpoint": checkpoint}
             cases.append(case(f"{options} {s!r}"[:70], build, s, *batches, loss=word_loss, options=options))
@@ -68,7 +67,7 @@ def test_checkpointing_without_a_seed_draws_the_same_again(ranks_of):
 def test_float32(ranks_of, p):
     cases = []
     for s in (one_f_one_b(p, p + 1), zbv(p, 2 * p)):
-        build = lambda n=max(4, s.stages): language_model(n, torch.float32)  # noqa: E731
+        build = lambda n=s.stages: language_model(n, torch.float32)  # noqa: E731
         cases.append(
             case(f"{s!r}"[:60], build, s, (words_of(9), words_of(9, 1)), loss=word_loss_32, rtol=1e-5, atol=1e-6)
         )
@@ -91,12 +90,10 @@ def test_autocast_on_and_off(ranks_of, p):
     for s in (one_f_one_b(p, p + 1), zbv(p, p + 1)):
         m = s.micro_batches
         lists = [(list(words_of(2 * m, k).split(2)), list(words_of(2 * m, k + 9).split(2))) for k in range(2)]
-        build = lambda n=max(4, s.stages): language_model(n, torch.float32)  # noqa: E731
+        build = lambda n=s.stages: language_model(n, torch.float32)  # noqa: E731
         for context in (in_bfloat16, None):
             near = {"rtol": 1e-2, "atol": 1e-5} if context else {"rtol": 1e-5, "atol": 1e-6}
-            cases.append(
-                case(f"{context} {s!r}"[:60], build, s, *lists, loss=word_loss_32, context=context, **near)
-            )
+            cases.append(case(f"{context} {s!r}"[:60], build, s, *lists, loss=word_loss_32, context=context, **near))
     agree(ranks_of, p, cases)
 
 
@@ -121,7 +118,7 @@ def test_other_sizes_and_lengths_with_each_step(ranks_of, p):
     sizes = [(9, 5), (9, 3), (12, 3), (9, 5), (8, 1), (30, 2)]
     batches = [(words_of(r, k, length), words_of(r, k + 9, length)) for k, (r, length) in enumerate(sizes)]
     cases = [
-        case(f"{s!r}"[:60], lambda n=max(4, s.stages): language_model(n), s, *batches, loss=word_loss)
+        case(f"{s!r}"[:60], lambda n=s.stages: language_model(n), s, *batches, loss=word_loss)
         for s in (one_f_one_b(p, p + 1), interleaved(p, 2 * p, 2), zbv(p, p))
     ]
     agree(ranks_of, p, cases)
@@ -160,7 +157,9 @@ def evaluation(schedule):
     for rows in (9, 9, 12, 9):
         words, rank, home = words_of(rows), dist.get_rank(), schedule.rank_of
         with torch.no_grad():
-            close(stepped(pipeline, words, words_of(rows, 1)), one_process(plain, words, words_of(rows, 1), word_loss), "eval")
+            got = stepped(pipeline, words, words_of(rows, 1))
+            wanted = one_process(plain, words, words_of(rows, 1), word_loss)
+            close(got, wanted, "loss of an evaluation")
         wanted = nn.Sequential(*plain)(words).detach()
         for context in (torch.no_grad, torch.enable_grad, torch.inference_mode):
             with context():

@@ -54,8 +54,7 @@ def test_a_language_model_with_one_weight_for_embedding_and_head(ranks_of, p):
     add up."""
     batches = [(words_of(9, k), words_of(9, k + 10), {"scale": 0.5}) for k in range(3)]
     cases = [
-        case(f"{s!r}"[:60], lambda n=max(4, s.stages): language_model(n), s, *batches, loss=word_loss)
-        for s in schedules(p)
+        case(f"{s!r}"[:60], lambda n=s.stages: language_model(n), s, *batches, loss=word_loss) for s in schedules(p)
     ]
     agree(ranks_of, p, cases)
 
@@ -174,7 +173,5 @@ def test_unequal_micro_batches_are_weighted_by_their_rows(ranks_of, p):
         if s.micro_batches == 4:
             n = s.stages
             cases.append(case(f"{s!r}"[:60], lambda n=n: mlp(n), s, *batches))
-            cases.append(
-                case(f"{s!r}"[:60], lambda n=n: mlp(n), s, *batches, loss=total, options={"reduction": "sum"})
-            )
+            cases.append(case(f"{s!r}"[:60], lambda n=n: mlp(n), s, *batches, loss=total, options={"reduction": "sum"}))
     agree(ranks_of, p, cases)

@@ -40,8 +40,7 @@ def groups_of(layers, some):
 def training(schedule, kind, steps=20):
     """On a rank: beside one process, clipped, AdamW; then the whole state dicts, from every rank, in another pipeline
     and back in one process."""
-    n = max(4, schedule.stages)
-    layers, plain = language_model(n), language_model(n)
+    layers, plain = language_model(schedule.stages), language_model(schedule.stages)
     pipeline, whole = Pipeline(layers, schedule, word_loss), nn.Sequential(*plain)
     ours = kind(groups_of(layers, pipeline.parameters()))
     theirs = kind(groups_of(plain, whole.parameters()))
@@ -128,7 +127,7 @@ def test_state_dicts_go_into_other_pipelines_and_back_into_one_process(ranks_of,
 
 
 def norms(schedule):
-    """On a rank: torch's norm and clipped gradients for each norm, one where nothing is clipped, one without gradients."""
+    """On a rank: torch's norm and clipped gradients for each norm, also where nothing is clipped."""
     for norm, most in ((2.0, 0.1), (1, 0.1), (3.0, 0.5), (float("inf"), 0.01), (2.0, 1e6)):
         layers, plain = language_model(4), language_model(4)
         pipeline, whole = Pipeline(layers, schedule, word_loss), nn.Sequential(*plain)
