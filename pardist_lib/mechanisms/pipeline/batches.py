@@ -1,4 +1,6 @@
-"""What is refused before a step begins, with what to do instead."""
+"""What is refused, with what to do instead."""
+
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -74,3 +76,16 @@ def together(parts):
         return None
     tensors = [torch.cat(ts) for ts in zip(*(ts for ts, _ in parts), strict=True)]
     return tuple(tensors) if parts[0][1] else tensors[0]
+
+
+@contextmanager
+def said_where(doing):
+    """What is raised inside says in which action of the schedule."""
+    try:
+        yield
+    except Exception as error:
+        note = f"in {doing}"
+        if "leaf Variable" in str(error) and "in-place" in str(error):
+            note += ": its first layer works in place on what the stage before still needs: make it inplace=False"
+        error.add_note(note)
+        raise

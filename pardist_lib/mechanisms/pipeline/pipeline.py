@@ -98,7 +98,7 @@ class Pipeline(StateDicts, nn.Module):
         for place, action in enumerate(batch.mail.row):
             __doing__ = f"{action}, place {place} of its row in the schedule"  # noqa: F841 - a hang report says so
             batch.mail.post(place)
-            with record_function(f"pipeline {action}"):
+            with record_function(f"pipeline {action}"), batches.said_where(__doing__):
                 do[action.kind](batch, self._stages[action.stage], action, action.micro_batch)
         batch.mail.end()
 
@@ -168,7 +168,8 @@ class Pipeline(StateDicts, nn.Module):
             dist.all_reduce(told, dist.ReduceOp.MAX, self.group)
         changed, some_train, some_do_not, *rows = told.tolist()
         if some_train and some_do_not:
-            raise ValueError("some ranks call this under torch.no_grad(), and others do not")
+            mine = f"rank {self.rank} of the group calls this {'with' if training else 'under torch.no_grad(), without'}"
+            raise ValueError(f"{mine} gradients, and another rank does not: all have to do the same")
         if changed:
             self._shapes = Shapes()
         return rows
@@ -182,7 +183,7 @@ class Pipeline(StateDicts, nn.Module):
                 'its sum with reduction="sum"'
             )
         if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ValueError("the loss requires no gradient: nothing is trained. Evaluate under torch.no_grad()")
+            raise ValueError("the loss requires no gradient: everything is frozen. Evaluate under torch.no_grad()")
         return loss
 
     def _end(self, batch):

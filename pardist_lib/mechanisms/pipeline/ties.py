@@ -43,6 +43,7 @@ class Ties:
         sends its part to each other one: S for an embedding on two."""
         for (p, ranks), before in zip(self.shared, self.before, strict=True):
             if not p.requires_grad:
+                p.grad = before
                 continue
             mine = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
             parts = self._to_all(mine, ranks)
