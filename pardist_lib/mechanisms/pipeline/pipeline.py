@@ -168,8 +168,8 @@ class Pipeline(StateDicts, nn.Module):
             dist.all_reduce(told, dist.ReduceOp.MAX, self.group)
         changed, some_train, some_do_not, *rows = told.tolist()
         if some_train and some_do_not:
-            mine = f"rank {self.rank} of the group calls this {'with' if training else 'under torch.no_grad(), without'}"
-            raise ValueError(f"{mine} gradients, and another rank does not: all have to do the same")
+            how = "with" if training else "under torch.no_grad(), without"
+            raise ValueError(f"rank {self.rank} of the group calls this {how} gradients, and another does not")
         if changed:
             self._shapes = Shapes()
         return rows

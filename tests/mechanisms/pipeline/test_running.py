@@ -10,8 +10,16 @@ import torch.distributed as dist
 from torch import nn
 
 from pardist_lib import RankHang, Ranks
-from pardist_lib.lessons.worlds import in_world
-from pardist_lib.mechanisms.pipeline import Action, Pipeline, Schedule, gpipe, interleaved, one_f_one_b, zbv, zero_bubble
+from pardist_lib.mechanisms.pipeline import (
+    Action,
+    Pipeline,
+    Schedule,
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    zbv,
+    zero_bubble,
+)
 from pardist_lib.mechanisms.pipeline.simulate import waits_for
 from tests.mechanisms.pipeline.nets import agree, case, linears, rows_of, stepped
 
