@@ -132,7 +132,7 @@ CALLING = [
     (lambda: called(3.0), "x has to be a tensor with rows, a tuple of such, or a list of 4 micro-batches"),
     (lambda: called((rows_of(8), rows_of(4))), r"the tensors of x have \[2, 1\] rows in micro-batch 0"),
     (lambda: called(loss=lambda y, t: y - t), r"has to be a single number, and this one gives shape \[2, 6\]"),
-    (lambda: called(loss=lambda y, t: 1.0), "single number, and this one gives a float.*\nin 2F0, place 4 of its row"),
+    (lambda: called(loss=lambda y, t: 1.0), "single number, and this one gives a float.*\nin 2F0, place 2 of its row"),
     (lambda: called(loss=lambda y, t: y.detach().sum()), "the loss requires no gradient"),
     (lambda: called(layers=frozen()), "the loss requires no gradient: everything is frozen"),
     (
