@@ -1,5 +1,7 @@
 """A trace shows every call with its exact bytes, group and peer, and what is compute, on one clock."""
 
+import gzip
+import json
 import pickle
 import threading
 import time
@@ -573,9 +575,6 @@ def with_messages():
 
 @pytest.mark.parametrize("name", ["trace.json", "trace.json.gz"])
 def test_perfetto(ranks_of, tmp_path, name):
-    import gzip
-    import json
-
     trace = ranks_of(2).trace(with_messages, memory=True)
     raw = trace.to_perfetto(tmp_path / name).read_bytes()
     events = json.loads(gzip.decompress(raw) if name.endswith("gz") else raw)["traceEvents"]
@@ -598,3 +597,36 @@ def test_perfetto(ranks_of, tmp_path, name):
 def test_a_file_for_perfetto_ends_in_json(tmp_path):
     with pytest.raises(ValueError, match=r"must end in \.json or \.json\.gz"):
         made_up().to_perfetto(tmp_path / "trace.txt")
+
+
+# ---- regions --------------------------------------------------------------------------------------------------
+
+
+def marked():
+    for number in range(2):
+        with torch.profiler.record_function(f"my own {number}"):
+            torch.ones(300, 300) @ torch.ones(300, 300)
+            dist.all_reduce(torch.ones(3))
+
+
+def test_regions_are_what_a_reader_has_marked(ranks_of, tmp_path):
+    for memory in (False, True):
+        trace = ranks_of(2).trace(marked, memory=memory)
+        assert trace.regions == sorted(trace.regions, key=lambda e: e.start)
+        for rank in (0, 1):
+            first, second = [e for e in trace.regions if e.rank == rank]
+            assert [first.name, second.name] == ["my own 0", "my own 1"] and first.kind == "region"
+            assert 0 <= first.start < first.end <= second.start < second.end <= trace.seconds
+            inside = [e for e in trace.events if e.rank == rank and first.start <= e.start and e.end <= first.end]
+            assert "matmul" in {e.name for e in inside} and "my own 0" not in {e.name for e in trace.events}
+            assert any(e.kind == "communication" and e.start >= second.start for e in trace.events)
+        drawn = json.loads(trace.to_perfetto(tmp_path / "trace.json").read_text())["traceEvents"]
+        names = {e["args"]["name"] for e in drawn if e["name"] == "thread_name" and e["tid"] == 1000}
+        assert names == {"regions"} and {e["pid"] for e in drawn if e.get("cat") == "region"} == {0, 1}
+        assert sorted(e["name"] for e in drawn if e.get("cat") == "region") == 2 * ["my own 0"] + 2 * ["my own 1"]
+        assert bool(trace.memory) == memory
+
+
+def test_without_marks_there_are_no_regions(ranks_of, tmp_path):
+    trace = ranks_of(2).trace(with_messages)
+    assert trace.regions == [] and "regions" not in trace.to_perfetto(tmp_path / "trace.json").read_text()

@@ -144,7 +144,7 @@ CALLING = [
     (lambda: called(layers=with_layer(nn.ReLU(inplace=True))), "\nin 1F0.*first layer works in place.*inplace=False"),
     (
         lambda: called([rows_of(2), rows_of(2, width=3)] * 2),
-        "shapes cannot be multiplied.*\nin 0F1, place 1",
+        "shapes cannot be multiplied.*\nin 0F1, place 4",
     ),
     (lambda: shapes_differ(), r"stage 0 gives float64 \[2, 4, 6\] for micro-batch 2, and gave float64 \[2, 3, 6\]"),
 ]
