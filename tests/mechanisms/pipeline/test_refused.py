@@ -160,7 +160,8 @@ def test_what_cannot_be_run(ranks_of):
 def shapes_differ():
     """Two micro-batches of as many rows, and of other lengths."""
     layers, lengths = [nn.Identity(), *linears(2)], (3, 3, 4, 3)
-    called([torch.ones(2, n, 6, dtype=torch.float64) for n in lengths], layers=layers)
+    x = [torch.ones(2, n, 6, dtype=torch.float64) for n in lengths]
+    called(x, layers=layers, loss=lambda y, _: y.mean())
 
 
 ON_ONE_RANK = [
