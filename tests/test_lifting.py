@@ -26,6 +26,7 @@ TAKEN = {  # room: what it needs besides the ground
     "mixed_precision": ("mixed_precision",),
     "uneven": ("uneven.py",),
     "compression": ("compression.py", "data_parallel"),
+    "pipeline": ("pipeline",),
 }
 
 BEGIN = """
@@ -153,6 +154,20 @@ ROOMS = {  # room: how to train with what is copied, on two ranks; several runs'
 
     model = DataParallel(net(), comm_hook=TopK(1.0))  # all elements, each with its place
     return [mean(train(model, sgd(model), my_x, my_y))]
+""",
+    "pipeline": """
+    from mine_pipeline.pipeline import Pipeline, one_f_one_b, zero_bubble
+
+    losses = []
+    for schedule in (one_f_one_b(n, 4), zero_bubble(n, 4)):
+        model, steps = Pipeline(net(0), schedule, mse_loss), []
+        optimizer = sgd(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            steps.append(model.step(x, y).item())
+            optimizer.step()
+        losses.append(steps)
+    return losses
 """,
 }
 WITHOUT_MOMENTUM = ("private", "averaging")  # where the optimizer is a rank's own
