@@ -33,6 +33,7 @@ from ..group import split_sizes
 from .all_to_all import bruck_all_to_all, naive_all_to_all, pairwise_all_to_all
 from .autograd import (
     all_gather_from_group,
+    all_to_all_in_group,
     copy_to_group,
     gather_from_group,
     reduce_from_group,
@@ -71,5 +72,5 @@ __all__ = [
     "naive_all_gather", "ring_all_gather", "bruck_all_gather", "direct_all_gather",
     "naive_all_to_all", "pairwise_all_to_all", "bruck_all_to_all",
     "copy_to_group", "reduce_from_group", "scatter_to_group", "gather_from_group",
-    "all_gather_from_group", "reduce_scatter_to_group", "split_sizes",
+    "all_gather_from_group", "reduce_scatter_to_group", "all_to_all_in_group", "split_sizes",
 ]  # fmt: skip

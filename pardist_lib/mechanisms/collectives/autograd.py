@@ -8,6 +8,7 @@ Each comes with a conjugate, and the backward of the one is the forward of the o
     gather_from_group        all-gather forward       own slice backward
     all_gather_from_group    all-gather forward       reduce-scatter backward    "g" of sequence parallelism
     reduce_scatter_to_group  reduce-scatter forward   all-gather backward        "ḡ"
+    all_to_all_in_group      all-to-all forward       all-to-all backward        its own conjugate, sizes exchanged
 
 The letters are those in the figures of Megatron's papers. Its functions are called copy_to_tensor_model_parallel_region
 and so on, the last two gather_from_ and reduce_scatter_to_sequence_parallel_region. torch's own gathers with a backward
@@ -102,6 +103,25 @@ def reduce_scatter_to_group(x, dim=0, group=None):
     return _ReduceScatter.apply(x, _dimension(x, dim), group)
 
 
+def all_to_all_in_group(x, send_sizes, receive_sizes, group=None):
+    """The first send_sizes[0] rows of `x` to rank 0, the next send_sizes[1] to rank 1, and so on; returns what arrives,
+    in the order of ranks. Backward takes every row's gradient back to where the row came from.
+
+    x: (sum of send_sizes, …), the same on every rank but for the rows; receive_sizes[r]: what rank r sends to this one.
+    Returns (sum of receive_sizes, …). Raises ValueError where the sizes do not fit. Sends x minus the rows for this
+    rank, and backward as many bytes as it has received: one call each, on every rank, also with no rows at all.
+    """
+    rank, n = rank_and_size(group)
+    send_sizes, receive_sizes = list(send_sizes), list(receive_sizes)
+    fits = len(send_sizes) == len(receive_sizes) == n and send_sizes[rank] == receive_sizes[rank]
+    if not fits or sum(send_sizes) != len(x) or min(send_sizes + receive_sizes) < 0:
+        raise ValueError(
+            f"rank {rank}: send_sizes {send_sizes} and receive_sizes {receive_sizes} do not fit {n} ranks and "
+            f"{len(x)} rows: one size for each rank, the same in both for this rank itself, {len(x)} sent in all"
+        )
+    return _AllToAll.apply(x, send_sizes, receive_sizes, group)
+
+
 def wanted(ctx):
     """Which inputs of a torch.autograd.Function need a gradient in *this* backward: [bool of each], for its backward.
 
@@ -187,6 +207,22 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return _AllGather.apply(grad, ctx.dim, ctx.group, ctx.sizes), None, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, send_sizes, receive_sizes, group):
+        ctx.sizes, ctx.group = (send_sizes, receive_sizes), group
+        if len(send_sizes) == 1:
+            return x.clone(memory_format=torch.contiguous_format)
+        arrived = x.new_empty((sum(receive_sizes), *x.shape[1:]))
+        dist.all_to_all_single(arrived, x.contiguous(), receive_sizes, send_sizes, group)
+        return arrived
+
+    @staticmethod
+    def backward(ctx, grad):
+        sent, received = ctx.sizes
+        return _AllToAll.apply(grad, received, sent, ctx.group), None, None, None
 
 
 # ---- the messages, without autograd ---------------------------------------------------------------------------

@@ -23,6 +23,31 @@ def test_every_rank_may_have_other_sizes_for_every_other(ranks_of):
         same(got, wanted, f"rank {rank}")
 
 
+def there_and_back(rows_of, dtype, group=None):
+    """(what arrives, the gradient of what was sent, where the gradient of a row says where it was computed); and the
+    gradient of its gradient."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    chunks = [torch.full((rows_of[rank][to], 2), 10.0 * rank + to) for to in range(n)]
+    x = torch.cat(chunks).to(dtype).requires_grad_()
+    received = [rows_of[a][rank] for a in range(n)]
+    y = collectives.all_to_all_in_group(x, rows_of[rank], received, group)
+    factors = torch.full_like(y, rank + 1.0).requires_grad_()
+    (gradient,) = torch.autograd.grad((y * factors).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad((gradient * x.detach()).sum(), factors)
+    return y.detach(), gradient.detach(), second
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_gradient_goes_back_to_where_its_row_came_from(ranks_of, dtype):
+    rows_of = [[2, 0, 3], [1, 1, 0], [0, 4, 0]]
+    for rank, (y, gradient, second) in enumerate(ranks_of(3).run(there_and_back, rows_of, dtype, quiet=True)):
+        arrived = [torch.full((rows_of[a][rank], 2), 10.0 * a + rank) for a in range(3)]
+        same(y, torch.cat(arrived).to(dtype), f"rank {rank}")
+        same(second, y, f"gradient of the gradient on rank {rank}")
+        computed = [torch.full((rows_of[rank][to], 2), to + 1.0) for to in range(3)]
+        same(gradient, torch.cat(computed).to(dtype), f"gradient on rank {rank}")
+
+
 def into_given_memory():
     x, n = torch.arange(6.0) + 10 * dist.get_rank(), dist.get_world_size()
     out = [torch.empty(6) for _ in range(3)]
@@ -44,6 +69,12 @@ def test_into_given_memory(ranks_of):
     [
         (lambda c: c.bruck_all_to_all(torch.zeros(3)), "2 ranks do not divide 3 rows"),
         (lambda c: c.pairwise_all_to_all(torch.zeros(3), [1, 1]), "do not fit 3 rows"),
+        (
+            lambda c: c.all_to_all_in_group(torch.zeros(3), [1, 1], [1, 1]),
+            r"rank \d: send_sizes \[1, 1\] .* do not fit",
+        ),
+        (lambda c: c.all_to_all_in_group(torch.zeros(3), [3], [3]), "one size for each rank"),
+        (lambda c: c.all_to_all_in_group(torch.zeros(3), [4, -1], [4, -1]), r"send_sizes \[4, -1\]"),
     ],
 )
 def test_refused_with_a_reason(ranks_of, wrong, told):

@@ -12,7 +12,7 @@ from pardist_lib.mechanisms import collectives
 from pardist_lib.mechanisms.collectives.autograd import wanted as wanted_now
 from pardist_lib.mechanisms.group import split_sizes
 
-NAMES = [name for name in collectives.__all__ if name.endswith("_group")]
+NAMES = [name for name in collectives.__all__ if name.endswith("_group") and name != "all_to_all_in_group"]
 SLICED = ("scatter_to_group", "reduce_scatter_to_group")  # their result is a slice
 GATHERED = ("gather_from_group", "all_gather_from_group")  # their input is one
 
