@@ -27,6 +27,7 @@ TAKEN = {  # room: what it needs besides the ground
     "uneven": ("uneven.py",),
     "compression": ("compression.py", "data_parallel"),
     "pipeline": ("pipeline",),
+    "expert_parallel": ("expert_parallel",),
 }
 
 BEGIN = """
@@ -168,6 +169,21 @@ ROOMS = {  # room: how to train with what is copied, on two ranks; several runs'
             optimizer.step()
         losses.append(steps)
     return losses
+""",
+    "expert_parallel": """
+    from mine_expert_parallel.expert_parallel import ExpertParallel, MoE, Router, average_gradients
+
+    class First3(nn.Module):
+        def forward(self, x):
+            return x[:, :3]
+
+    first, tanh, last = net(0)
+    experts = [nn.Linear(10, 10).double() for _ in range(2)]
+    experts[1].weight.data[:3], experts[1].bias.data[:3] = last.weight.data, last.bias.data
+    moe = MoE.of(Router(10, 2, 1, bias_update_rate=0.001), experts).double()
+    moe.router.expert_bias[1] = 1  # every token chooses the second rank's
+    model = nn.Sequential(first, tanh, ExpertParallel.from_module(moe), First3())
+    return [mean(train(model, sgd(model), my_x, my_y, lambda: average_gradients(model)))]
 """,
 }
 WITHOUT_MOMENTUM = ("private", "averaging")  # where the optimizer is a rank's own
