@@ -39,9 +39,12 @@ class Transformer:
     tied       the output layer uses the embedding's weights
     dropout    three in each layer: its masks, and the attention's dropped copy, are kept for backward
     fused      attention in one kernel (FlashAttention): the scores are computed again in backward, never kept
-    experts    MLPs in each layer, of which every token visits `active` (mixture of experts)
+    experts    MLPs in each layer, of which every token visits `active` (mixture of experts); ffn is the width of one
+    shared     further MLPs of that width that every token visits, beside `active` of the others
+    dense_layers, dense_ffn   the first layers that have one MLP instead, of width dense_ffn (DeepSeek). Parameters and
+               floating-point operations know of them; memory and times want layers that are alike, and refuse them
 
-    Raises ValueError where heads do not divide what they have to.
+    Raises ValueError where heads do not divide what they have to, and for experts that cannot be.
     """
 
     hidden: int
@@ -61,6 +64,9 @@ class Transformer:
     fused: bool = False
     experts: int = 1
     active: int = 1
+    shared: int = 0
+    dense_layers: int = 0
+    dense_ffn: int | None = None
 
     def __post_init__(self):
         self._whole_numbers("hidden", "layers", "heads", "vocab", "sequence")
@@ -77,12 +83,19 @@ class Transformer:
             raise ValueError(f'bias is True, False or "qkv", not {self.bias!r}')
         if self.active > self.experts:
             raise ValueError(f"a token cannot visit {self.active} of {self.experts} experts")
+        self._whole_numbers("shared", "dense_layers", least=0)
+        if self.experts == 1 and (self.shared or self.dense_layers):
+            raise ValueError("shared and dense_layers are said of a model with several experts, and this one has 1")
+        if self.dense_layers > self.layers:
+            raise ValueError(f"{self.dense_layers} dense_layers are more than the {self.layers} layers")
+        if self.dense_layers or self.dense_ffn is not None:
+            self._whole_numbers("dense_ffn")
 
-    def _whole_numbers(self, *names):
+    def _whole_numbers(self, *names, least=1):
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is a whole number from 1 on, not {value!r}")
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} is a whole number from {least} on, not {value!r}")
 
     @property
     def query(self):
@@ -97,21 +110,42 @@ class Transformer:
     def layer_parts(self):
         """Parameters of a layer, as {"split", "whole", "expert"}: what tensor parallelism splits, what every rank
         has (norms, the bias of a row-parallel layer, the router), and the part of "split" that one expert has."""
-        fan_in = 2 if self.gated else 1
-        expert = self.hidden * self.ffn * (fan_in + 1) + (fan_in * self.ffn if self.bias is True else 0)
+        expert = self._mlp(self.ffn)
         attention = self.hidden * (2 * self.query + 2 * self.key) + (self.query + 2 * self.key if self.bias else 0)
         norms = 2 * self.hidden * (1 if self.rms_norm else 2)
-        rows = self.hidden * (1 + self.experts) if self.bias is True else 0
+        mlps = self.experts + self.shared
+        rows = self.hidden * (1 + mlps) if self.bias is True else 0
         router = self.hidden * self.experts if self.experts > 1 else 0
-        return {"split": attention + self.experts * expert, "whole": norms + rows + router, "expert": expert}
+        return {"split": attention + mlps * expert, "whole": norms + rows + router, "expert": expert}
+
+    def _mlp(self, ffn):
+        """Parameters of an MLP but for the bias of its last layer."""
+        fan_in = 2 if self.gated else 1
+        return self.hidden * ffn * (fan_in + 1) + (fan_in * ffn if self.bias is True else 0)
 
     def parameters(self):
         """All parameters. For Megatron's models 12lh²(1 + 13/(12h) + (V + s)/(12lh)) (SC'21, equation 2), and the
         2h of the last norm, which that equation leaves out."""
-        parts = self.layer_parts()
         norm = self.hidden * (1 if self.rms_norm else 2)
         tables = (1 if self.tied else 2) * self.vocab * self.hidden + self.positions * self.sequence * self.hidden
-        return self.layers * (parts["split"] + parts["whole"]) + tables + norm
+        return self._in_layers(self.experts) + tables + norm
+
+    def active_parameters(self):
+        """Those that a token meets: all but the experts that it does not visit."""
+        return self.parameters() - self._in_layers(self.experts) + self._in_layers(self.active)
+
+    def _in_layers(self, experts):
+        """Parameters of all layers, with so many of the experts."""
+        parts = self.layer_parts()
+        last_bias = self.hidden if self.bias is True else 0
+        missing = (self.experts - experts) * (parts["expert"] + last_bias)
+        sparse = parts["split"] + parts["whole"] - missing
+        if not self.dense_layers:
+            return self.layers * sparse
+        mlps = self.experts + self.shared
+        dense = parts["split"] + parts["whole"] - mlps * (parts["expert"] + last_bias) - self.hidden * self.experts
+        dense += self._mlp(self.dense_ffn) + last_bias
+        return (self.layers - self.dense_layers) * sparse + self.dense_layers * dense
 
 
 @dataclass(frozen=True)
@@ -242,9 +276,13 @@ def training_flops(model, batch, recompute="none"):
 
 def forward_flops(model):
     """(a layer's products with weights, its attention's scores and what they weigh, the logits): for one token."""
-    expert = model.hidden * model.ffn * (3 if model.gated else 2)
+    matrices = 3 if model.gated else 2
     router = model.hidden * model.experts if model.experts > 1 else 0
-    weights = model.hidden * (2 * model.query + 2 * model.key) + model.active * expert + router
+    mlps = model.hidden * matrices * model.ffn * (model.active + model.shared) + router
+    if model.dense_layers:  # the mean over the layers
+        share = model.dense_layers / model.layers
+        mlps = (1 - share) * mlps + share * model.hidden * matrices * model.dense_ffn
+    weights = model.hidden * (2 * model.query + 2 * model.key) + mlps
     return 2 * weights, 4 * model.sequence * model.query, 2 * model.hidden * model.vocab
 
 
@@ -312,6 +350,7 @@ def stage_parameters(model, plan, stage="first"):
 
     A single stage is both. A tied output layer has the embedding's weights once more where it is on another stage.
     """
+    _check_alike(model)
     parts, layers = model.layer_parts(), model.layers / plan.pp
     experts = layers * _experts(model)
     again = 2 * (model.hidden + bool(model.bias)) * model.key * (copies(model, plan) - 1)
@@ -323,6 +362,15 @@ def stage_parameters(model, plan, stage="first"):
     else:
         common = common + table + norm + np.where(one, positions + (0 if model.tied else table), 0)
     return common, experts / (plan.tp * plan.ep)
+
+
+def _check_alike(model):
+    """Raises ValueError where layers differ: what stages hold would be another number for each."""
+    if model.dense_layers:
+        raise ValueError(
+            f"memory and times are computed for layers that are alike, and {model.dense_layers} of {model.layers} are "
+            "dense: dense_layers=0, with all layers alike, comes near"
+        )
 
 
 def copies(model, plan):
@@ -351,13 +399,14 @@ def layer_activations(model, plan, element=2, mask=1):
     sbh(18 + 3as/h)·element. A gated MLP is counted as eager torch keeps it: gate, its SiLU, the other half, their
     product.
     """
+    _check_alike(model)
     tokens = model.sequence * plan.micro / plan.cp
     mask = mask if model.dropout else 0
     # beside the split layers: inputs of the two norms and what comes out of them, two dropouts' masks
     whole = 4 * element * model.hidden + 2 * mask * model.hidden
     split = (
         element * (2 * model.query + 2 * model.key * copies(model, plan))
-        + element * (4 if model.gated else 2) * model.active * model.ffn
+        + element * (4 if model.gated else 2) * (model.active + model.shared) * model.ffn
     )
     if model.experts > 1:  # each token's copies on their way to the experts and back
         split = split + 2 * element * model.active * model.hidden * plan.tp

@@ -18,6 +18,7 @@ from pardist_lib.measure.costs import (
     training_memory,
     training_seconds,
 )
+from pardist_lib.mechanisms.expert_parallel import MoE
 
 
 def megatron(hidden, layers, heads):
@@ -50,6 +51,11 @@ def llama(hidden, layers, heads, ffn, vocab, sequence=4096, kv_heads=8, **option
     return Transformer(hidden, layers, heads, vocab, sequence, ffn, kv_heads, gated=True, **options)
 
 
+DEEPSEEK = llama(
+    2048, 28, 16, 1408, 102400, kv_heads=16, experts=64, active=6, shared=2, dense_layers=1, dense_ffn=10944
+)  # Dai et al., "DeepSeekMoE" (2024), section 5.1.2
+
+
 @pytest.mark.parametrize(
     "model, parameters",
     [
@@ -59,6 +65,8 @@ def llama(hidden, layers, heads, ffn, vocab, sequence=4096, kv_heads=8, **option
         (llama(8192, 80, 64, 28672, 128256), 70_553_706_496),  # Llama 3 70 B
         (llama(16384, 126, 128, 53248, 128256), 405_853_388_800),  # Llama 3.1 405 B
         (llama(4096, 32, 32, 14336, 32000, experts=8, active=2), 46_702_792_704),  # Mixtral 8x7B
+        (llama(6144, 56, 48, 16384, 32768, experts=8, active=2), 140_630_071_296),  # Mixtral 8x22B, version 0.3
+        (DEEPSEEK, 16_375_728_128),  # DeepSeekMoE 16 B
         (llama(896, 24, 14, 4864, 151936, kv_heads=2, bias="qkv", tied=True), 494_032_768),  # Qwen2.5 0.5 B
         (llama(3072, 28, 16, 24576, 256000, kv_heads=16, head_dim=256, tied=True), 8_537_680_896),  # Gemma 7 B
     ],
@@ -66,6 +74,61 @@ def llama(hidden, layers, heads, ffn, vocab, sequence=4096, kv_heads=8, **option
 def test_parameters_of_published_checkpoints(model, parameters):
     """What the checkpoints' files hold: tied and untied, grouped heads, experts, heads wider than hidden / heads."""
     assert model.parameters() == parameters
+
+
+def test_active_parameters():
+    """Mixtral's by its checkpoint; DeepSeekMoE's 2.8 B of 16.4 B (section 5.1.2); without experts all are active."""
+    mixtral = llama(4096, 32, 32, 14336, 32000, experts=8, active=2)
+    assert mixtral.active_parameters() == 12_879_925_248
+    assert round(DEEPSEEK.active_parameters() / 1e9, 1) == 2.8
+    assert replace(mixtral, active=8).active_parameters() == mixtral.parameters()
+    assert GPT3.active_parameters() == GPT3.parameters()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+def test_parameters_of_experts_are_those_of_the_layer_itself(gated, bias):
+    sizes = {"ffn": 24, "experts": 6, "active": 2, "shared": 2, "gated": gated, "bias": bias}
+    model, dense = (Transformer(8, 4, 2, 10, 8, **sizes, dense_layers=n, dense_ffn=30) for n in (0, 3))
+    with torch.device("meta"):
+        moe = MoE(8, 24, 6, 2, shared_experts=2, gated=gated, bias=bias)
+        one = MoE(8, 30, 1, 1, gated=gated, bias=bias).experts
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    # of the layer's shared experts, which are one MLP, the last bias is there once, not twice
+    experts = count(moe) + bias * 8
+    attention_only = model.parameters() - 4 * experts
+    assert attention_only == Transformer(8, 4, 2, 10, 8, ffn=1, gated=gated, bias=bias).parameters() - 4 * count(
+        MoE(8, 1, 1, 1, gated=gated, bias=bias).experts
+    )
+    assert dense.parameters() == attention_only + experts + 3 * count(one)
+    unvisited = 4 * count(moe.experts[0])
+    assert model.parameters() - model.active_parameters() == 4 * unvisited
+    assert dense.parameters() - dense.active_parameters() == unvisited
+
+
+def test_flops_of_experts_are_two_for_each_active_weight_and_token():
+    """Matrix products with the weights that a token meets, three times (forward, and twice backward)."""
+    for model in (DEEPSEEK, replace(DEEPSEEK, dense_layers=0), replace(DEEPSEEK, shared=0)):
+        norms = (2 * model.layers + 1) * model.hidden
+        weights = model.active_parameters() - norms - model.vocab * model.hidden  # the embedding is looked up
+        scores = 4 * model.sequence * model.query * model.layers
+        assert training_flops(model, 3) == pytest.approx(3 * model.sequence * 3 * (2 * weights + scores), rel=1e-12)
+
+
+def test_layers_that_differ_have_no_memory_yet():
+    for refused in (training_memory, layer_activations, stage_parameters):
+        with pytest.raises(ValueError, match="1 of 28 are dense: dense_layers=0"):
+            refused(DEEPSEEK, Plan())
+    alike = replace(DEEPSEEK, dense_layers=0)
+    plan = Plan(dp=4, ep=4)
+    experts = 28 * 64 * 3 * 2048 * 1408 / 4
+    assert stage_parameters(alike, plan)[1] == experts
+    assert sum(stage_parameters(alike, plan)) == alike.parameters() - 3 * experts
+    more = layer_activations(alike, Plan()) - layer_activations(replace(alike, shared=0), Plan())
+    assert more == 4096 * 2 * 4 * 2 * 1408  # gate, its SiLU, up, their product, of 2 bytes
 
 
 def test_flops_of_gpt_3():
@@ -227,6 +290,10 @@ def test_many_plans_at_once_are_one_after_the_other():
             "tp 12 does not spread 8 heads",
         ),
         (lambda: Transformer(12, 1, 4, 100, 8, active=2), "cannot visit 2 of 1 experts"),
+        (lambda: Transformer(12, 1, 4, 100, 8, shared=1), "model with several experts, and this one has 1"),
+        (lambda: Transformer(12, 1, 4, 100, 8, experts=2, shared=-1), "shared is a whole number from 0 on, not -1"),
+        (lambda: Transformer(12, 1, 4, 100, 8, experts=2, dense_layers=2, dense_ffn=9), "more than the 1 layers"),
+        (lambda: Transformer(12, 1, 4, 100, 8, experts=2, dense_layers=1), "dense_ffn is a whole number from 1 on"),
         (lambda: training_memory(GPT3, Plan(tp=5)), "tp 5 does not divide 96 heads: tp 4 does"),
         (lambda: training_memory(GPT3, Plan(pp=5)), "96 layers do not make 5 stages of 1 equal chunks: pp 4 does"),
         (lambda: training_memory(GPT3, Plan(dp=4), batch=6), "dp 4 does not divide 6 sequences of a batch: dp 3 does"),
