@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from pardist_lib.mechanisms.data_parallel import DataParallel
+from pardist_lib.mechanisms.expert_parallel import ExpertParallel, MoE
 from pardist_lib.mechanisms.sharded import ShardedDataParallel, ShardedOptimizer
 from pardist_lib.mechanisms.tensor_parallel import (
     ColumnParallelLinear,
@@ -43,6 +44,7 @@ MODELS = {
     "vocabulary": whole(lambda: VocabParallelEmbedding(7, 4)),
     "DataParallel": whole(lambda: DataParallel(net())),
     "DataParallel, a layer compiled": inside(DataParallel),
+    "ExpertParallel": whole(lambda: ExpertParallel.from_module(MoE(4, 8, 3, 2))),
     "stage 2": whole(lambda: ShardedDataParallel(net(), 2)),
     "stage 3": whole(lambda: ShardedDataParallel(net(), 3)),
     "stage 3, one unit": whole(lambda: ShardedDataParallel(net(), 3, units=[])),

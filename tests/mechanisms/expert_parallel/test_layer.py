@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.expert_parallel import (
@@ -103,6 +104,43 @@ def test_in_single_precision(ranks_of):
     same({"x": torch.cat([one[1] for one in got])}, {"x": x_grad}, 1e-5, 1e-6)
     for one in got:
         same(one[2], {name: wanted[name] for name in one[2]}, 1e-5, 1e-6)
+
+
+def on_unlike_ranks():
+    """Only the first rank's input needs a gradient, and the last rank trains nothing here."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    split = ExpertParallel.from_module(layer())
+    split.requires_grad_(rank < n - 1)
+    x = tokens(ROWS)[rank].clone().requires_grad_(rank == 0)
+    weighted(split(x)).backward()
+    return x.grad, {name: g for name, g in gradients(split).items() if name.startswith("experts.")}
+
+
+def test_ranks_that_need_different_gradients_still_meet_in_backward(ranks_of):
+    _, x_grad, wanted = alone("random", ROWS)
+    got = ranks_of(4).run(on_unlike_ranks, quiet=True)
+    same({"x": got[0][0]}, {"x": x_grad[: ROWS[0]]})
+    for x, grads in got[1:]:
+        assert x is None
+        same(grads, {name: wanted[name] for name in grads})
+    assert len(got[0][1]) == 8 and not got[3][1]
+
+
+def checkpointed():
+    moe, x = layer(), tokens((4, 2))[dist.get_rank()].clone().requires_grad_()
+    split = ExpertParallel.from_module(moe)
+    y = checkpoint(split, x, use_reentrant=False)
+    (2 * weighted(y)).backward()
+    average_gradients(split)
+    return y.detach(), gradients(split)
+
+
+def test_under_activation_checkpointing(ranks_of):
+    y, _, wanted = alone("random", (4, 2))
+    got = ranks_of(2).run(checkpointed, quiet=True)
+    same({"y": torch.cat([one[0] for one in got])}, {"y": y})
+    for _, grads in got:
+        same(grads, {name: wanted[name] for name in grads})
 
 
 def no_tokens_at_all():
