@@ -48,7 +48,9 @@ class ExpertParallel(Layer):
         super().__init__(router, deal(moe.experts, owned, group), shared, moe.capacity_factor)
         self.rank, self.n, self.group, self.owned = rank, n, group, owned  # owned: experts on each rank
         self.router.loads.zero_()
-        self._last = None  # of the last forward: visits to each expert, bytes of an element there and back
+        self._last = (
+            None  # of the last forward: visits to each expert, what was chosen, bytes of an element there and back
+        )
         mark(self)
         self.train(moe.training)
 
@@ -84,15 +86,15 @@ class ExpertParallel(Layer):
         y = combine(returned, self.routing, visits, rows)  # combine
         if self.shared is not None:
             y = y + self.shared(rows)
-        self._last = visits.counts, rows.element_size(), returned.element_size()
+        self._last = visits.counts, self.routing.chosen, rows.element_size(), returned.element_size()
         return y.view(x.shape)
 
     def traffic(self):
         """The `Traffic` of the group in its last forward; all ranks have to call it. All-gathers 2E numbers."""
         if self._last is None:
             raise ValueError(f"rank {self.rank}: no forward yet, so there is no traffic to tell of")
-        kept, *elements = self._last
-        dropped = count(self.routing.chosen, len(kept)) - kept
+        kept, chosen, *elements = self._last
+        dropped = count(chosen, len(kept)) - kept
         mine = torch.cat([kept, dropped])
         everyone = [torch.empty_like(mine) for _ in range(self.n)]
         dist.all_gather(everyone, mine, group=self.group)
