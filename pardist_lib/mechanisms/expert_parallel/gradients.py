@@ -7,7 +7,8 @@ process's gradient is 1/N of the sum over ranks. After backward
     an expert              has the parts of all n ranks of its expert group, whose tokens came to it: added up over
                            the N/n ranks that have the same expert, and divided by N as well, not by N/n
 
-To average the experts' gradients over N/n ranks makes them n times too large; to do nothing where n = N, too.
+To average the experts' gradients over N/n ranks makes them n times too large; to do nothing where n = N, too. A
+wrapper that averages a whole model over the N ranks, as DataParallel does, refuses it: their experts' names differ.
 """
 
 import torch

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pardist_lib.lessons.worlds import group_of, in_world
+from pardist_lib.mechanisms.data_parallel import DataParallel
 from pardist_lib.mechanisms.expert_parallel import ExpertParallel, MoE, Router, Traffic, average_gradients
 from tests.mechanisms.expert_parallel.nets import ROWS, crowd, layer, tokens
 from tests.mechanisms.refusals import refused
@@ -118,6 +119,10 @@ def wrong_replicas():
     average_gradients(ExpertParallel.from_module(layer(), ranks[dist.get_rank()]))
 
 
+def averaged_as_if_all_had_the_same():
+    DataParallel(nn.Sequential(ExpertParallel.from_module(layer(experts=6))))
+
+
 def optimizer_made_before():
     moe = layer()
     optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
@@ -137,6 +142,7 @@ def optimizer_made_before():
         (outside, "rank 2 is not in this group"),
         (wrong_input, r"rank [02]: tokens have 6 features in their last dimension, not \[3, [57]\]"),
         (wrong_replicas, r"rank \d: experts over 1 ranks, and 1 with the same ones, make 1 .*, but the group has 3"),
+        (averaged_as_if_all_had_the_same, r"ranks' models differ: .*experts.0.* rank 1 has parameter 0.experts.2"),
         (optimizer_made_before, "no longer the model's: it was made before the model was split"),
     ],
 )
