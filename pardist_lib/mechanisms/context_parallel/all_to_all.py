@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..collectives.all_to_all import pairwise_all_to_all
 from ..group import rank_and_size
-from .checks import check_attention, check_documents, check_heads, facts_of
+from .checks import check_attention, check_heads, facts_of, place
 from .order import in_order, shares_of_all, taken, tokens
 from .ring import RingAttention
 from .visible import Visible
@@ -34,17 +34,16 @@ def all_to_all_attention(q, k, v, group=None, causal=True, order="zigzag", *, ma
     """
     who = "all_to_all_attention"
     check_attention(q, k, v, group, mask, who)
-    rank, n = rank_and_size(group)
-    check_heads(q.size(1), k.size(1), n, who)
+    check_heads(q.size(1), k.size(1), rank_and_size(group)[1], who)
     everyones = shares_of_all(q, 2, group, order, length, who, facts_of(q, k, v, causal, mask, documents))
     whole = sum(map(tokens, everyones))
-    documents = check_documents(documents, whole, q, who)
+    visible = Visible.checked(causal, mask, documents, whole, q, place(who, group))
 
     q, k, v = (_whole_sequence(x, everyones, group) for x in (q, k, v))  # (b, h, own, d) → (b, h/n, s, d)
-    if mask is None and documents is None:
+    if not visible.depends_on_more:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
     else:  # a ring of one rank: it makes the mask block by block
-        y = RingAttention.apply(q, k, v, Visible(causal, mask, documents), [[range(whole)]], 0, None)
+        y = RingAttention.apply(q, k, v, visible, [[range(whole)]], 0, None)
     return _all_heads(y, everyones, group)  # (b, h/n, s, e) → (b, h, own, e)
 
 

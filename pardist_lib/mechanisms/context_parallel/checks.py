@@ -19,6 +19,11 @@ def check_group(group, who):
         raise ValueError(f"{who}: {error}") from None
 
 
+def place(who, group):
+    """Where an error was found, as its message begins."""
+    return f"{who}, rank {rank_and_size(group)[0]}"
+
+
 def check_order(order):
     if order not in ORDERS:
         raise ValueError(f"order is {' or '.join(map(repr, ORDERS))}, not {order!r}")
@@ -39,7 +44,7 @@ def dimension(x, dim, who):
 def check_attention(q, k, v, group, mask, who):
     """Raises ValueError unless q, k and v are one rank's tokens for one attention."""
     check_group(group, who)
-    here = f"{who}, rank {rank_and_size(group)[0]}"
+    here = place(who, group)
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(f"{here}: q, k and v are (batch, heads, own tokens, width), not {shapes}")
@@ -79,30 +84,29 @@ def check_heads(heads, kv_heads, n, who):
     )
 
 
-def check_documents(documents, length, q, who):
+def check_documents(documents, length, q, here):
     """`documents` as a tensor beside q, None as None. Raises ValueError where it is not one number for each token."""
     if documents is None:
         return None
     documents = torch.as_tensor(documents, device=q.device)
     if documents.shape not in ((length,), (q.size(0), length)) or documents.is_floating_point():
         raise ValueError(
-            f"{who}: documents says of each token of the whole sequence which one it is in: whole numbers of shape "
+            f"{here}: documents says of each token of the whole sequence which one it is in: whole numbers of shape "
             f"[{length}] or [{q.size(0)}, {length}], not {documents.dtype} {list(documents.shape)}"
         )
     return documents
 
 
-def check_visible(visible, rows, columns):
-    """What a mask answered, expanded to (rows, columns). Raises ValueError where it is no bool of this shape."""
+def check_visible(visible, rows, columns, here):
+    """Raises ValueError, saying where, unless a mask has answered with bool that expands to (rows, columns)."""
     shape = list(getattr(visible, "shape", ()))
     fits = len(shape) <= 2 and all(have in (1, want) for have, want in zip(shape[::-1], (columns, rows), strict=False))
     if not isinstance(visible, torch.Tensor) or visible.dtype != torch.bool or not fits:
         what = f"{visible.dtype} {shape}" if isinstance(visible, torch.Tensor) else type(visible).__name__
         raise ValueError(
-            f"mask(query position, key position), called with int64 of shapes [{rows}, 1] and [1, {columns}], has to "
-            f"answer with bool of shape [{rows}, {columns}], True where the query sees the key, not with {what}"
+            f"{here}: mask(query position, key position), called with int64 of shapes [{rows}, 1] and [1, {columns}], "
+            f"has to answer with bool of shape [{rows}, {columns}], True where the query sees the key, not with {what}"
         )
-    return visible
 
 
 def check_dealt(own, lengths, rank, length, order, dealt, who):

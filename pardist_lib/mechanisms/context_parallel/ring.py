@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..collectives.point_to_point import exchange, wait
 from ..group import rank_and_size
-from .checks import check_attention, check_documents, facts_of
+from .checks import check_attention, facts_of, place
 from .online_softmax import attend, attend_backward, merge
 from .order import shares_of_all, tokens
 from .visible import Visible
@@ -49,11 +49,10 @@ def ring_attention(q, k, v, group=None, causal=True, order="zigzag", *, mask=Non
     Raises ValueError for shapes that do not fit, and for tokens that are not those of `order`. An order that is wrong
     but gives every rank as many tokens cannot be told from the right one.
     """
-    check_attention(q, k, v, group, mask, "ring_attention")
-    facts = facts_of(q, k, v, causal, mask, documents)
-    everyones = shares_of_all(q, 2, group, order, length, "ring_attention", facts)
-    documents = check_documents(documents, sum(map(tokens, everyones)), q, "ring_attention")
-    visible = Visible(causal, mask, documents)
+    who = "ring_attention"
+    check_attention(q, k, v, group, mask, who)
+    everyones = shares_of_all(q, 2, group, order, length, who, facts_of(q, k, v, causal, mask, documents))
+    visible = Visible.checked(causal, mask, documents, sum(map(tokens, everyones)), q, place(who, group))
     return RingAttention.apply(q, k, v, visible, everyones, rank_and_size(group)[0], group)
 
 
@@ -105,11 +104,9 @@ class RingAttention(torch.autograd.Function):
             dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
             for rows, upto, seen in visible.blocks(everyones[rank], everyones[source], q.device):
                 part = queries[..., rows, :], keys[..., upto, :], values[..., upto, :], seen
-                of_rows = (x[..., rows, :] for x in (lse, grad, delta))
-                for whole, at, more in zip(
-                    (dq, dk, dv), (rows, upto, upto), attend_backward(*part, *of_rows), strict=True
-                ):
-                    whole[..., at, :] += more
+                more = attend_backward(*part, *(x[..., rows, :] for x in (lse, grad, delta)))
+                for total, at, summand in zip((dq, dk, dv), (rows, upto, upto), more, strict=True):
+                    total[..., at, :] += summand
             if source == rank:
                 own = dk, dv  # stay: what the others find comes home at the end
             else:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .checks import check_visible
+from .checks import check_documents, check_visible
 from .order import places, tokens
 
 ROWS = 128  # queries at a time: scores of ROWS · keys are all that is ever there of the square matrix
@@ -18,14 +18,24 @@ class Visible:
     def __init__(self, causal, mask=None, documents=None):
         self.causal, self.mask, self.documents = causal, mask, documents
 
+    @classmethod
+    def checked(cls, causal, mask, documents, length, q, here):
+        """One for a sequence of `length` tokens, on q's device. Raises ValueError, saying where, for documents that do
+        not fit and for a mask's answer that is none; now, for in the middle of a ring others would wait in vain."""
+        visible = cls(causal, mask, check_documents(documents, length, q, here))
+        at = torch.arange(min(length, 3), device=q.device)
+        if mask is not None:
+            check_visible(mask(at[:2, None], at[None]), len(at[:2]), len(at), here)
+        return visible
+
     @property
     def depends_on_more(self):
         """Whether more than causality decides."""
         return self.mask is not None or self.documents is not None
 
     def blocks(self, queries, keys, device):
-        """Yield (rows, upto, visible): a slice of at most ROWS queries; a slice of the keys, for those behind it are too
-        late for all these queries; visible: bool, (r, keys) or (batch, r, keys), None where all are.
+        """Yield (rows, upto, visible): a slice of at most ROWS queries; a slice of the keys, for those behind it are
+        too late for all of these; visible: bool, (r, keys) or (batch, r, keys), None where all are.
 
         queries, keys: two ranks' shares. With both orders a share's positions ascend, and a block keeps within one run
         of them: so what causality leaves out is left out here, not computed and masked.
@@ -47,7 +57,7 @@ class Visible:
         """bool, (queries, keys) or (batch, queries, keys), of positions q: (queries) and k: (keys)."""
         visible = q[:, None] >= k if self.causal else torch.ones(len(q), len(k), dtype=torch.bool, device=q.device)
         if self.mask is not None:
-            visible = visible & check_visible(self.mask(q[:, None], k[None]), len(q), len(k))
+            visible = visible & self.mask(q[:, None], k[None])
         if self.documents is not None:
             visible = visible & (self.documents[..., q, None] == self.documents[..., None, k])
         return visible
