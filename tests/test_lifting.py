@@ -28,6 +28,7 @@ TAKEN = {  # room: what it needs besides the ground
     "compression": ("compression.py", "data_parallel"),
     "pipeline": ("pipeline",),
     "expert_parallel": ("expert_parallel",),
+    "context_parallel": ("context_parallel",),
 }
 
 BEGIN = """
@@ -184,6 +185,24 @@ ROOMS = {  # room: how to train with what is copied, on two ranks; several runs'
     moe.router.expert_bias[1] = 1  # every token chooses the second rank's
     model = nn.Sequential(first, tanh, ExpertParallel.from_module(moe), First3())
     return [mean(train(model, sgd(model), my_x, my_y, lambda: average_gradients(model)))]
+""",
+    "context_parallel": """
+    from mine_context_parallel.context_parallel import all_to_all_attention, deal, ring_attention
+
+    own_x, own_y, losses = deal(x, dim=0), deal(y, dim=0), []
+    for attention in (ring_attention, all_to_all_attention):
+        model = net(0)
+
+        def attending(x):  # each token to itself only: as the net without attention
+            heads = model(x).expand(1, 2, -1, -1)  # (batch, heads, own tokens, width)
+            return attention(heads, heads, heads, mask=lambda q, k: q == k)[0, 0]
+
+        def average():
+            for p in model.parameters():
+                dist.all_reduce(p.grad.div_(n))
+
+        losses.append(mean(train(attending, sgd(model), own_x, own_y, average)))
+    return losses
 """,
 }
 WITHOUT_MOMENTUM = ("private", "averaging")  # where the optimizer is a rank's own
