@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 FILES = (
-    "starting", "collectives", "tracing", "tensor_parallel", "overlapping", "data_parallel", "sharded", "predicting",
+    "starting", "collectives", "tracing", "tensor_parallel", "overlapping", "data_parallel", "sharded",
+    "context_parallel", "predicting",
 )  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")
 HEAD = "| what | ranks | median | low | high | target |\n|---|---|---|---|---|---|\n"

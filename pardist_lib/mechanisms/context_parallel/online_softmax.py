@@ -16,13 +16,13 @@ import torch
 
 
 def attend(q, k, v, visible=None):
-    """Attention of some queries to some keys: (result, lse).
+    """softmax(q·kᵀ/√d)·v of some queries and some keys: (result, lse).
 
-    q: (b, kv, g, r, d), already divided by √d; k: (b, kv, keys, d); v: (b, kv, keys, e); visible: bool, (r, keys) or
-    (b, r, keys), None for all. Returns (b, kv, g, r, e) and (b, kv, g, r, 1). A query that sees none of these keys gets
-    0 and −inf: a part that counts nothing.
+    q: (b, kv, g, r, d); k: (b, kv, keys, d); v: (b, kv, keys, e), in whose dtype all is computed; visible: bool,
+    (r, keys) or (b, r, keys), None for all. Returns (b, kv, g, r, e) and (b, kv, g, r, 1). A query that sees none of
+    these keys gets 0 and −inf: a part that counts nothing.
     """
-    scores = _scores(q, k, visible)
+    scores = _scores(_scaled(q, k), k, visible, q)
     top = _or_zero(scores.amax(-1, keepdim=True))
     weights = scores.sub_(top).exp_()
     total = weights.sum(-1, keepdim=True)
@@ -38,26 +38,37 @@ def merge(out, lse, more_out, more_lse):
     lse.copy_(both)
 
 
-def attend_backward(q, k, v, visible, lse, grad, delta):
-    """What these queries and keys add to the gradients: (dq, dk, dv), in the shapes of q, k, v.
+def attend_backward(q, lse, grad, delta, dq, k, v, dk, dv, visible=None):
+    """Add what these queries and keys find to their gradients dq, dk and dv, in place.
 
     lse: of the queries over *all* keys, (b, kv, g, r, 1); grad: of the result, (b, kv, g, r, e); delta: Σ grad · result
-    of each query, (b, kv, g, r, 1). dq is that of the divided q.
+    of each query, (b, kv, g, r, 1).
     """
-    weights = _scores(q, k, visible).sub_(_or_zero(_fold(lse))).exp_()
-    d_out = _fold(grad)
-    dv = weights.mT @ d_out
+    scaled, d_out = _scaled(q, k), _fold(grad)
+    weights = _scores(scaled, k, visible, q).sub_(_or_zero(_fold(lse))).exp_()
+    _add_product(dv, weights.mT, d_out)
     d_scores = (d_out @ v.mT).sub_(_fold(delta)).mul_(weights)
-    return _unfold(d_scores @ k, q), d_scores.mT @ _fold(q), dv
+    _add_product(dk, d_scores.mT, scaled)
+    dq += _unfold(d_scores @ k, q).mul_(q.size(-1) ** -0.5)
 
 
-def _scores(q, k, visible):
+def _scaled(q, k):
+    """q/√d, (b, kv, g·r, d)."""
+    return _fold(q).to(k.dtype) * q.size(-1) ** -0.5
+
+
+def _scores(scaled, k, visible, q):
     """(b, kv, g·r, keys), −inf where a key is not visible."""
-    scores = _fold(q) @ k.mT
+    scores = scaled @ k.mT
     if visible is not None:
         hidden = ~(visible if visible.dim() == 2 else visible[:, None, None])
         _unfold(scores, q).masked_fill_(hidden, -torch.inf)
     return scores
+
+
+def _add_product(total, a, b):
+    """total += a @ b, without memory for the product."""
+    total.view(-1, *total.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
 
 
 def _or_zero(lse):

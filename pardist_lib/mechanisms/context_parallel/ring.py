@@ -9,7 +9,9 @@ log-sum-exp (online_softmax.py), so that the result is that of the whole sequenc
                 hop brings them home: n − 1 hops, too
 
 For backward a rank keeps its own q, k, v, its result and one number per query, never what came by: all that is kept
-falls as 1/n.
+falls as 1/n. While backward works, a rank has K and V twice (here, arriving) and dK and dV four times (its own, found,
+leaving, arriving), however many ranks there are; all keys and values gathered, with their gradients, are n times that
+of one rank.
 
 Sources: Liu et al., "Ring Attention with Blockwise Transformers for Near-Infinite Context" (2023); Li et al., "Sequence
 Parallelism: Long Sequence Training from System Perspective" (2021), for the ring; Dao et al. (2022) for backward.
@@ -72,9 +74,10 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     @_without_autocast
     def forward(ctx, q, k, v, visible, everyones, rank, group):
-        queries = _scaled(q, k)  # (b, kv, g, s, d)
-        out = queries.new_zeros(*queries.shape[:-1], v.size(-1))
-        lse = queries.new_full((*queries.shape[:-1], 1), -torch.inf)
+        queries = q.unflatten(1, (k.size(1), -1))  # (b, kv, g, s, d)
+        like = {"dtype": torch.promote_types(q.dtype, torch.float32), "device": q.device}
+        out = torch.zeros(*queries.shape[:-1], v.size(-1), **like)
+        lse = torch.full((*queries.shape[:-1], 1), -torch.inf, **like)
 
         for source, (keys, values) in passed_round((k, v), everyones, rank, group):
             keys, values = keys.to(out.dtype), values.to(out.dtype)
@@ -93,27 +96,25 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx, grad):
         (q, k, v, out, lse), (visible, everyones, rank, group) = ctx.saved_tensors, ctx.how
         n = len(everyones)
-        queries = _scaled(q, k)
-        grad = grad.to(lse.dtype)
+        queries, grad = q.unflatten(1, lse.shape[1:3]), grad.to(lse.dtype)
         delta = (grad * out).sum(-1, keepdim=True).view_as(lse)
         grad = grad.unflatten(1, lse.shape[1:3])
-        dq, own, travelling = torch.zeros_like(queries), None, None
+        dq, own, travelling = torch.zeros_like(queries, dtype=lse.dtype), None, None
 
         for source, (keys, values) in passed_round((k, v), everyones, rank, group):
             keys, values = keys.to(lse.dtype), values.to(lse.dtype)
             dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
             for rows, upto, seen in visible.blocks(everyones[rank], everyones[source], q.device):
-                part = queries[..., rows, :], keys[..., upto, :], values[..., upto, :], seen
-                more = attend_backward(*part, *(x[..., rows, :] for x in (lse, grad, delta)))
-                for total, at, summand in zip((dq, dk, dv), (rows, upto, upto), more, strict=True):
-                    total[..., at, :] += summand
+                of_rows = (x[..., rows, :] for x in (queries, lse, grad, delta, dq))
+                of_keys = (x[..., upto, :] for x in (keys, values, dk, dv))
+                attend_backward(*of_rows, *of_keys, seen)
             if source == rank:
                 own = dk, dv  # stay: what the others find comes home at the end
             else:
                 travelling = _sent_on(_added((dk, dv), travelling), everyones[(source - 1) % n], rank, n, group)
 
         dk, dv = _added(own, travelling)
-        return (dq * q.size(-1) ** -0.5).flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 4
+        return dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 4
 
 
 def passed_round(tensors, everyones, rank, group):
@@ -163,9 +164,3 @@ def _to_the_next(leaving, arriving, rank, n, group):
 def _empty_like(tensors, share):
     """Where tensors like these arrive, with the tokens of another share."""
     return [t.new_empty((*t.shape[:2], tokens(share), *t.shape[3:])) for t in tensors]
-
-
-def _scaled(q, k):
-    """q/√d as (batch, kv heads, heads to each, own tokens, d), in the dtype that is computed in."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return (q.to(dtype) * q.size(-1) ** -0.5).unflatten(1, (k.size(1), -1))
