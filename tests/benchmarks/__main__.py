@@ -47,7 +47,7 @@ def keep(name, table):
         f"say little on a shared machine. {platform.system()}, {platform.machine()}, {os.cpu_count()} cores, Python "
         f"{platform.python_version()}, torch {torch.__version__}.\n"
     ]
-    parts += [f"## {file}\n\n{tables[file].rstrip()}\n" for file in (*FILES, "between") if file in tables]
+    parts += [f"## {file}\n\n{tables[file].rstrip()}\n" for file in (*FILES, "between", "whole") if file in tables]
     RESULTS.write_text("\n".join(parts))
 
 
