@@ -30,6 +30,9 @@ def all_to_all_attention(q, k, v, group=None, causal=True, order="zigzag", *, ma
     where there are fewer heads of keys and values; backward the same. That falls as 1/n, where a ring's bytes do not.
     (Where the ranks' tokens are not equally many: each minus the part that stays.)
 
+    In between works torch's scaled_dot_product_attention; with `mask` or `documents` a ring of one rank, which makes
+    the mask block by block and never the whole square.
+
     Raises ValueError as `ring_attention`, and for heads that do not divide, with what would fit.
     """
     who = "all_to_all_attention"
@@ -42,7 +45,7 @@ def all_to_all_attention(q, k, v, group=None, causal=True, order="zigzag", *, ma
     q, k, v = (_whole_sequence(x, everyones, group) for x in (q, k, v))  # (b, h, own, d) → (b, h/n, s, d)
     if not visible.depends_on_more:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
-    else:  # a ring of one rank: it makes the mask block by block
+    else:  # a ring of one rank
         y = RingAttention.apply(q, k, v, visible, [[range(whole)]], 0, None)
     return _all_heads(y, everyones, group)  # (b, h/n, s, e) → (b, h, own, e)
 
