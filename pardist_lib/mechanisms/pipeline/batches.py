@@ -1,7 +1,5 @@
 """What is refused, with what to do instead."""
 
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -78,14 +76,8 @@ def together(parts):
     return tuple(tensors) if parts[0][1] else tensors[0]
 
 
-@contextmanager
-def said_where(doing):
-    """What is raised inside says in which action of the schedule."""
-    try:
-        yield
-    except Exception as error:
-        note = f"in {doing}"
-        if "leaf Variable" in str(error) and "in-place" in str(error):
-            note += ": its first layer works in place on what the stage before still needs: make it inplace=False"
-        error.add_note(note)
-        raise
+def advice(error):
+    """What to do about an error of torch's that is a pipeline's own."""
+    if "leaf Variable" in str(error) and "in-place" in str(error):
+        return ": its first layer works in place on what the stage before still needs: make it inplace=False"
+    return ""

@@ -5,7 +5,9 @@ Language Model Training on GPU Clusters Using Megatron-LM" (2021), section 2.2; 
 Parallelism" (2023), for schedules whose backward is split.
 """
 
+from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 
 import torch
@@ -16,7 +18,7 @@ from torch.profiler import record_function
 from ..collectives.agreement import check_same_model, named_tensors
 from ..group import rank_and_size
 from . import batches
-from .messages import Mail, Shapes, needed, sent
+from .messages import Mail, Routes, Shapes, needed, sent
 from .stages import Stage, stage_sizes
 from .state import StateDicts
 from .ties import Ties
@@ -51,17 +53,19 @@ class Pipeline(StateDicts, nn.Module):
         batches.same_everywhere([str(schedule), sizes, reduction, checkpoint], group)
         check_same_model(named_tensors(nn.Sequential(*layers)), group)
 
-        self.last, self._stages, first, owners = schedule.stages - 1, {}, 0, []
+        self.last, self._rank_of, self._stages, first, owners = schedule.stages - 1, schedule.rank_of, {}, 0, []
         for stage, size in enumerate(sizes):
-            if schedule.rank_of[stage] == self.rank:
+            if self._rank_of[stage] == self.rank:
                 own = dict(enumerate(layers[first : first + size], first))
                 self._stages[stage] = Stage(stage, own, checkpoint)
                 for number, layer in own.items():
                     self.add_module(str(number), layer)
             first += size
-            owners += size * [schedule.rank_of[stage]]
+            owners += size * [self._rank_of[stage]]
         self._ties = Ties(layers, owners, self.rank, group)
         self._remember_names(layers)
+        rows = {True: schedule.rows, False: [[a for a in row if a.kind == "F"] for row in schedule.rows]}
+        self._routes = {training: Routes(rows[training], self.rank, self._rank_of) for training in rows}
         self._shapes, self._setting = Shapes(), None
 
     def step(self, x=None, target=None, *, seed=None, scale=1.0):
@@ -94,12 +98,17 @@ class Pipeline(StateDicts, nn.Module):
     # ---- action by action -----------------------------------------------------------------------------------------
 
     def _run(self, batch):
+        marked = record_function if torch.autograd._profiler_enabled() else nullcontext
         do = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._backward_to_weights}
-        for place, action in enumerate(batch.mail.row):
-            __doing__ = f"{action}, place {place} of its row in the schedule"  # noqa: F841 - a hang report says so
-            batch.mail.post(place)
-            with record_function(f"pipeline {action}"), batches.said_where(__doing__):
-                do[action.kind](batch, self._stages[action.stage], action, action.micro_batch)
+        for place, action in enumerate(batch.mail.routes.row):
+            __doing__ = f"{action}, place {place} of its row in the schedule"  # a hang's report says so, too
+            try:
+                batch.mail.post(place)
+                with marked(f"pipeline {action}"):
+                    do[action.kind](batch, self._stages[action.stage], action, action.micro_batch)
+            except Exception as error:
+                error.add_note(f"in {__doing__}{batches.advice(error)}")
+                raise
         batch.mail.end()
 
     def _forward(self, batch, stage, action, i):
@@ -115,7 +124,7 @@ class Pipeline(StateDicts, nn.Module):
             batch.results[i] = [t.detach() for t in outputs], packed
         else:
             header = self._shapes.tell(action.stage + 1, i, outputs, packed)
-            batch.mail.give(*sent(action, self.schedule.rank_of), outputs, header)
+            batch.mail.give(*sent(action, self._rank_of), outputs, header)
 
     def _backward(self, batch, stage, action, i):
         if action.stage == self.last:
@@ -126,7 +135,7 @@ class Pipeline(StateDicts, nn.Module):
         if action.stage == 0:
             batch.input_gradients[i] = found
         else:
-            batch.mail.give(*sent(action, self.schedule.rank_of), found)
+            batch.mail.give(*sent(action, self._rank_of), found)
 
     def _backward_to_weights(self, batch, stage, action, i):
         stage.backward_to_weights(i)
@@ -149,9 +158,8 @@ class Pipeline(StateDicts, nn.Module):
                 batch.losses[self.last, i] = partial(self._loss_of, target=tuple(tensors) if packed else tensors[0])
         if scale is not None:
             batch.weights = [scale * (r / sum(rows) if self.reduction == "mean" else 1.0) for r in rows]
-        actions = [[a for a in row if training or a.kind == "F"] for row in self.schedule.rows]
         self._shapes.begin(rows, training)
-        batch.mail = Mail(actions, self.rank, self.schedule.rank_of, self._shapes, self.group, self._device())
+        batch.mail = Mail(self._routes[training], self._shapes, self.group, self._device())
         for stage in self._stages.values():
             stage.held.clear()  # of a step that raised
         return batch
@@ -203,11 +211,11 @@ class Pipeline(StateDicts, nn.Module):
             loss[0] += one.double().squeeze() * batch.weights[i]
             loss[1] = kinds.index(one.dtype)
         if rank_and_size(self.group)[1] > 1:
-            dist.broadcast(loss, group=self.group, group_src=self.schedule.rank_of[self.last])
+            dist.broadcast(loss, group=self.group, group_src=self._rank_of[self.last])
         return loss[0].to(kinds[int(loss[1])])
 
     def _device(self):
-        tensor = next((t for t in [*self.parameters(), *self.buffers()]), None)
+        tensor = next(chain(self.parameters(), self.buffers()), None)
         if tensor is not None:
             return tensor.device
         return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
