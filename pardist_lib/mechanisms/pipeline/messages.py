@@ -2,18 +2,25 @@
 
 Who sends what, and in which order, stands in the schedule, which all ranks have. So a receive is posted before it is
 needed, while the rank still computes what comes before, and no message has a header, but for the first of its size.
+
+All ranks take all messages in one order, that of the schedule where each action takes as long as any other. gloo's
+messages do not wait for each other. Those of an nccl communicator do, each rank's in the order in which it starts them:
+there a rank posts, before it sends, the receives that come before in that order, and no others. Who is first among
+those that still wait then waits for nobody.
 """
 
 import json
 
 import torch
 
-from ..collectives.point_to_point import exchange, wait
+from ..collectives.point_to_point import exchange, on_nccl, wait
+from .schedule import Schedule
+from .simulate import run
 
 HEADER = 2048  # bytes
 # Receives are posted for the next action while this one is computed, and for those after it until so many bytes are
 # expected. gloo sends at once what the other side waits for already: with small messages that is a third of the time.
-EXPECTED = 1 << 20
+EXPECTED = 4 << 20
 
 
 def sent(action, rank_of):
@@ -39,32 +46,35 @@ class Routes:
 
     def __init__(self, rows, rank, rank_of):
         self.rank, self.last, self.row = rank, len(rank_of) - 1, rows[rank]
-        self.expected = {}  # {rank: [keys, in the order in which it sends them to this one]}
-        self.sent_at = {}  # {key: its place in the sender's row}
         self.used_at = {}  # {key: its place in the row of whom it is for}
-        for sender, row in enumerate(rows):
-            for place, action in enumerate(row):
+        messages = []  # [(end of the action that sends it, sender, place in the sender's row, key, receiver)]
+        alike = {(stage, kind): 1 for stage in range(len(rank_of)) for kind in "FBIW"}
+        for sender, timed in enumerate(run(Schedule(rows), alike)):
+            for place, (action, _, end) in enumerate(timed):
                 if (key := needed(action, self.last)) is not None:
                     self.used_at[key] = place
-                if (message := sent(action, rank_of)) is not None:
-                    key, receiver = message
-                    self.sent_at[key] = place
-                    if receiver == rank != sender:
-                        self.expected.setdefault(sender, []).append(key)
-        self.sender = {key: sender for sender, keys in self.expected.items() for key in keys}
+                if (message := sent(action, rank_of)) is not None and message[1] != sender:
+                    messages.append((end, sender, place, *message))
+        self.coming = []  # [(key, sender, place in its row)] of what others send to this rank, in the order of all
+        self.before = {}  # {key of what this rank sends or receives: how many of `coming` are before it}
+        for _, sender, place, key, receiver in sorted(messages):
+            if rank in (sender, receiver):
+                self.before[key] = len(self.coming)
+            if rank == receiver:
+                self.coming.append((key, sender, place))
 
 
 class Mail:
     """One rank's messages during one step.
 
-    shapes: the `Shapes` of what travels. device: where received tensors are made.
+    shapes: the `Shapes` of what travels; device: where received tensors are made.
     """
 
     def __init__(self, routes, shapes, group, device):
         self.routes, self.shapes, self.group, self.device = routes, shapes, group, device
-        self.posted = dict.fromkeys(routes.expected, 0)  # {sender: receives that are posted}
+        self.in_order = on_nccl(torch.empty(0, device=device), group)
+        self.posted = self.bytes = 0  # how many of `coming` are; bytes of those that are not yet taken
         self.arriving, self.here = {}, {}  # {key: (tensors, works)}, {key: tensors}, the latter from this rank itself
-        self.ahead, self.bytes = 0, 0  # the place up to which receives are posted; of those that arrive
         self.under_way = {}  # {rank: [(place where it uses it, tensors, works)]}
 
     # ---- sending --------------------------------------------------------------------------------------------------
@@ -74,53 +84,57 @@ class Mail:
         if receiver == self.routes.rank:
             self.here[key] = tensors
             return
+        if self.in_order:
+            self._post_up_to(self.routes.before[key])
         messages = [t.detach().contiguous() for t in tensors]
         if header is not None:
             messages.insert(0, _written(header, self.device))
-        works = exchange(sends=[(t, receiver) for t in messages], group=self.group)
+        works = [work for t in messages for work in exchange(sends=[(t, receiver)], group=self.group)]
         self.under_way.setdefault(receiver, []).append((self.routes.used_at[key], messages, works))
 
     # ---- receiving ------------------------------------------------------------------------------------------------
 
     def post(self, place):
         """Receives for the action at this place of the row, for the next one, and for more of them."""
-        row, self.ahead = self.routes.row, max(self.ahead, place)
-        while self.ahead < len(row) and (self.ahead <= place + 1 or self.bytes < EXPECTED):
-            key = needed(row[self.ahead], self.routes.last)
-            if key in self.routes.sender and not self._post_up_to(key, waiting=False):
+        if self.in_order:
+            return
+        keys = [needed(action, self.routes.last) for action in self.routes.row[place : place + 2]]
+        soon = max(self.routes.before.get(key, -1) for key in keys)
+        while self.posted < len(self.routes.coming) and (self.posted <= soon or self.bytes < EXPECTED):
+            if not self._post_next(waiting=False):
                 return
-            self.ahead += 1
 
     def take(self, key):
         """Wait for a message: its tensors."""
-        if key not in self.routes.sender:
+        if key in self.here:
             return self.here.pop(key)
-        self._post_up_to(key, waiting=True)
+        place = self.routes.before[key]
+        self._post_up_to(place + 1)
         tensors, works = self.arriving.pop(key)
         self.bytes -= sum(t.nbytes for t in tensors)
         wait(works)
-        self._let_go(self.routes.sender[key], self.routes.sent_at[key])
+        self._let_go(*self.routes.coming[place][1:])
         return tensors
 
-    def _post_up_to(self, key, waiting):
-        """In the order in which they are sent. Where a shape is not known it stops, and says so by False; with
-        waiting=True it waits to be told."""
-        sender = self.routes.sender[key]
-        keys = self.routes.expected[sender]
-        while key not in self.arriving:
-            following = keys[self.posted[sender]]
-            shapes = self.shapes.of(following)
-            if shapes is None:
-                if not waiting:
-                    return False
-                header = torch.empty(HEADER, dtype=torch.uint8, device=self.device)
-                wait(exchange(receives=[(header, sender)], group=self.group))
-                shapes = self.shapes.learn(following, _read(header))
-            tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
-            works = exchange(receives=[(t, sender) for t in tensors], group=self.group)
-            self.arriving[following] = tensors, works
-            self.posted[sender] += 1
-            self.bytes += sum(t.nbytes for t in tensors)
+    def _post_up_to(self, count):
+        while self.posted < count:
+            self._post_next(waiting=True)
+
+    def _post_next(self, waiting):
+        """Whether the shapes are known, without which there can be no receive; with waiting=True waits to be told."""
+        key, sender, _ = self.routes.coming[self.posted]
+        shapes = self.shapes.of(key)
+        if shapes is None:
+            if not waiting:
+                return False
+            header = torch.empty(HEADER, dtype=torch.uint8, device=self.device)
+            wait(exchange(receives=[(header, sender)], group=self.group))
+            shapes = self.shapes.learn(key, _read(header))
+        tensors = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in shapes]
+        works = [work for t in tensors for work in exchange(receives=[(t, sender)], group=self.group)]
+        self.arriving[key] = tensors, works
+        self.posted += 1
+        self.bytes += sum(t.nbytes for t in tensors)
         return True
 
     def _let_go(self, other, place):

@@ -98,7 +98,7 @@ class Pipeline(StateDicts, nn.Module):
     # ---- action by action -----------------------------------------------------------------------------------------
 
     def _run(self, batch):
-        marked = record_function if torch.autograd._profiler_enabled() else nullcontext
+        marked = record_function if torch.autograd.profiler._is_profiler_enabled else nullcontext  # it costs 10 µs
         do = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._backward_to_weights}
         for place, action in enumerate(batch.mail.routes.row):
             __doing__ = f"{action}, place {place} of its row in the schedule"  # a hang's report says so, too

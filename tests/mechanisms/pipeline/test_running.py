@@ -1,8 +1,12 @@
 """The run follows its table, never blocks itself, and says where it stands."""
 
+import queue
 import random
+import threading
 import time
 from collections import defaultdict
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,18 +14,21 @@ import torch.distributed as dist
 from torch import nn
 
 from pardist_lib import RankHang, Ranks
+from pardist_lib.lessons.worlds import in_world
+from pardist_lib.mechanisms.collectives.point_to_point import exchange, wait
 from pardist_lib.mechanisms.pipeline import (
     Action,
     Pipeline,
     Schedule,
     gpipe,
     interleaved,
+    messages,
     one_f_one_b,
     zbv,
     zero_bubble,
 )
 from pardist_lib.mechanisms.pipeline.simulate import waits_for
-from tests.mechanisms.pipeline.nets import agree, case, linears, rows_of, stepped
+from tests.mechanisms.pipeline.nets import agree, beside_one_process, case, linears, rows_of, stepped
 
 
 def one_step(schedule):
@@ -94,6 +101,41 @@ def test_no_schedule_that_can_be_run_blocks(ranks_of, p):
             build = lambda n=schedule.stages: [Scale() for _ in range(n)]  # noqa: E731
             cases.append(case(f"{number}: {schedule!r}", build, schedule, (x, x * 2)))
     agree(ranks_of, p, cases)
+
+
+class OneAfterTheOther:
+    """Messages as nccl has them: each begins when the one before it, started on the same rank, is through on both."""
+
+    def __init__(self):
+        self.queue = queue.SimpleQueue()
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        while work := self.queue.get():
+            wait(exchange(*work.message))
+            work.done.set()
+
+    def __call__(self, sends=(), receives=(), group=None):
+        work = SimpleNamespace(message=(sends, receives, group), done=threading.Event())
+        work.wait = work.done.wait
+        self.queue.put(work)
+        return [work]
+
+
+def as_on_nccl(cases):
+    line = OneAfterTheOther()
+    with mock.patch.object(messages, "exchange", line), mock.patch.object(messages, "on_nccl", lambda *_: True):
+        beside_one_process(cases)
+    line.queue.put(None)
+
+
+@pytest.mark.parametrize("p", [2, 3, 4])
+def test_nor_where_messages_wait_for_each_other(ranks_of, p):
+    rng = random.Random(10 + p)
+    schedules = [gpipe(p, 4), one_f_one_b(p, 5), interleaved(p, 2 * p, 2), zbv(p, 4)]
+    schedules += [any_schedule(rng, p) for _ in range(12)]
+    cases = [case(f"{s!r}", lambda n=s.stages: linears(n), s, *2 * [(rows_of(9), rows_of(9, 1))]) for s in schedules]
+    ranks_of(4).run(in_world, p, as_on_nccl, cases, quiet=True)
 
 
 # ---- where it stands ----------------------------------------------------------------------------------------------
