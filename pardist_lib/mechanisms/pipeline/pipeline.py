@@ -6,9 +6,7 @@ Parallelism" (2023), for schedules whose backward is split.
 """
 
 from contextlib import nullcontext
-from functools import partial
 from itertools import chain
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -83,35 +81,49 @@ class Pipeline(StateDicts, nn.Module):
         micro-batch and each pair of neighbouring stages on different ranks; an all-reduce of 3 + m numbers, the
         loss in a broadcast, and the gradients of shared parameters.
         """
-        batch = self._begin(x, target, seed, scale)
+        batch = self._batch(x, target, self.loss, seed)
+        batch.weigh(batch.rows, scale, self.reduction)
         self._ties.set_aside()
         self._run(batch)
-        return self._end(batch)
+        if batch.training:
+            self._ties.add_up()
+            batch.hand_on_input_gradients()
+        loss = batch.total(device_of(self, self.group))
+        if rank_and_size(self.group)[1] > 1:
+            dist.broadcast(loss, group=self.group, group_src=self._rank_of[self.last])
+        return loss[0].to(batches.KINDS[int(loss[1])])
 
     @torch.no_grad()
     def forward(self, x=None):
         """The network's output for a batch, on the rank of the last stage; None elsewhere. Computes no gradient."""
-        batch = self._begin(x)
+        batch = self._batch(x)
         self._run(batch)
-        return batches.together([batch.results[i] for i in sorted(batch.results)])
+        return batch.output()
 
     # ---- action by action -----------------------------------------------------------------------------------------
 
     def _run(self, batch):
         marked = record_function if torch.autograd.profiler._is_profiler_enabled else nullcontext  # it costs 10 µs
-        do = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._backward_to_weights}
         for place, action in enumerate(batch.mail.routes.row):
             __doing__ = f"{action}, place {place} of its row in the schedule"  # a hang's report says so, too
             try:
                 batch.mail.post(place)
                 with marked(f"pipeline {action}"):
-                    do[action.kind](batch, self._stages[action.stage], action, action.micro_batch)
+                    self._do(action, batch, self._stages[action.stage], action.micro_batch)
             except Exception as error:
                 error.add_note(f"in {__doing__}{batches.advice(error)}")
                 raise
         batch.mail.end()
 
-    def _forward(self, batch, stage, action, i):
+    def _do(self, action, batch, stage, i):
+        if action.kind == "F":
+            self._forward(action, batch, stage, i)
+        elif action.kind == "W":
+            stage.backward_to_weights(i)
+        else:
+            self._backward(action, batch, stage, i)
+
+    def _forward(self, action, batch, stage, i):
         if action.stage == 0:
             tensors, packed = batch.inputs[i]
             flags = [t.requires_grad for t in tensors]
@@ -119,14 +131,15 @@ class Pipeline(StateDicts, nn.Module):
             tensors = batch.mail.take(needed(action, self.last))
             packed, flags = self._shapes.received(action.stage, i)
         inputs = [t.detach().requires_grad_(flag and batch.training) for t, flag in zip(tensors, flags, strict=True)]
-        outputs, packed = stage.forward(i, inputs, packed, batch.losses.get((action.stage, i)), batch.seed)
+        loss = batch.loss_of(i) if action.stage == self.last else None
+        outputs, packed = stage.forward(i, inputs, packed, loss, batch.seed)
         if action.stage == self.last:
             batch.results[i] = [t.detach() for t in outputs], packed
         else:
             header = self._shapes.tell(action.stage + 1, i, outputs, packed)
             batch.mail.give(*sent(action, self._rank_of), outputs, header)
 
-    def _backward(self, batch, stage, action, i):
+    def _backward(self, action, batch, stage, i):
         if action.stage == self.last:
             gradients = [torch.full_like(loss, batch.weights[i]) for loss in batch.results[i][0]]
         else:
@@ -137,102 +150,38 @@ class Pipeline(StateDicts, nn.Module):
         else:
             batch.mail.give(*sent(action, self._rank_of), found)
 
-    def _backward_to_weights(self, batch, stage, action, i):
-        stage.backward_to_weights(i)
+    # ---- before the first action ----------------------------------------------------------------------------------
 
-    # ---- before and after -----------------------------------------------------------------------------------------
-
-    def _begin(self, x, target=None, seed=None, scale=None):
-        """What all ranks have to know of a batch, and what this one has of it. Without a scale there is no loss."""
-        m, training, rows, kinds = self.schedule.micro_batches, torch.is_grad_enabled(), None, None
-        batch = SimpleNamespace(training=training, seed=seed, inputs=[], losses={}, results={}, input_gradients={})
-        if 0 in self._stages:
-            batch.inputs = batches.micro_batches(x, m, "x", "first")
-            rows = [len(tensors[0]) for tensors, _ in batch.inputs]
-            kinds = [(t.shape[1:], t.dtype, t.requires_grad) for tensors, _ in batch.inputs for t in tensors]
-        rows = self._agree(rows or [0] * m, training, [kinds, scale is None])
-        if self.last in self._stages and scale is not None:
-            targets = batches.micro_batches(target, m, "target", "last")
-            batches.targets_fit(targets, rows)
-            for i, (tensors, packed) in enumerate(targets):
-                batch.losses[self.last, i] = partial(self._loss_of, target=tuple(tensors) if packed else tensors[0])
-        if scale is not None:
-            batch.weights = [scale * (r / sum(rows) if self.reduction == "mean" else 1.0) for r in rows]
-        self._shapes.begin(rows, training)
-        batch.mail = Mail(self._routes[training], self._shapes, self.group, self._device())
+    def _batch(self, x, target=None, loss=None, seed=None):
+        m, first, last = self.schedule.micro_batches, 0 in self._stages, self.last in self._stages
+        batch = batches.Batch(m, x, target, loss, seed, first, last)
+        device = device_of(self, self.group)
+        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
+        setting = [batch.kinds(), self.training, autocast, [p.requires_grad for p in self.parameters()]]
+        batch.rows, changed = batches.agree(batch, setting != self._setting, self.group, device)
+        self._setting = setting
+        if changed:  # on any rank, and shapes may be others now
+            self._shapes = Shapes()
+        self._shapes.begin(batch.rows, batch.training)
+        batch.mail = Mail(self._routes[batch.training], self._shapes, self.group, device)
         for stage in self._stages.values():
             stage.held.clear()  # of a step that raised
         return batch
-
-    def _agree(self, rows, training, setting):
-        """The rows of every micro-batch, which the first stage's rank knows. Where anything has changed on any rank on
-        which shapes may depend, all forget the shapes that they know."""
-        device = self._device()
-        autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        setting = [setting, self.training, autocast, [p.requires_grad for p in self.parameters()]]
-        told = torch.tensor([setting != self._setting, training, not training, *rows], device=device)
-        self._setting = setting
-        if rank_and_size(self.group)[1] > 1:
-            dist.all_reduce(told, dist.ReduceOp.MAX, self.group)
-        changed, some_train, some_do_not, *rows = told.tolist()
-        if some_train and some_do_not:
-            how = "with" if training else "under torch.no_grad(), without"
-            raise ValueError(f"rank {self.rank} of the group calls this {how} gradients, and another does not")
-        if changed:
-            self._shapes = Shapes()
-        return rows
-
-    def _loss_of(self, output, target):
-        loss = self.loss(output, target)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            shape = f"shape {list(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(
-                f"the loss of a micro-batch has to be a single number, and this one gives {shape}: take its mean, or "
-                'its sum with reduction="sum"'
-            )
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ValueError("the loss requires no gradient: everything is frozen. Evaluate under torch.no_grad()")
-        return loss
-
-    def _end(self, batch):
-        """Shared parameters' gradients, the input's; the loss, from the last stage's rank to all."""
-        if batch.training:
-            self._ties.add_up()
-            pairs = [
-                (t, g)
-                for i, found in batch.input_gradients.items()
-                for t, g in zip([t for t in batch.inputs[i][0] if t.requires_grad], found, strict=True)
-            ]
-            if pairs:
-                torch.autograd.backward(*zip(*pairs, strict=True))
-        kinds = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-        loss = torch.zeros(2, dtype=torch.float64, device=self._device())
-        for i, ([one], _) in batch.results.items():
-            loss[0] += one.double().squeeze() * batch.weights[i]
-            loss[1] = kinds.index(one.dtype)
-        if rank_and_size(self.group)[1] > 1:
-            dist.broadcast(loss, group=self.group, group_src=self._rank_of[self.last])
-        return loss[0].to(kinds[int(loss[1])])
-
-    def _device(self):
-        tensor = next(chain(self.parameters(), self.buffers()), None)
-        if tensor is not None:
-            return tensor.device
-        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm, norm_type=2.0):
         """torch.nn.utils.clip_grad_norm_ for the whole network, a shared parameter counted once. Returns the norm, the
         same on every rank. An all-reduce of one number."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        counted = [p.grad for p in self.parameters() if p.grad is not None and self._ties.counts_here(p)]
-        norm = nn.utils.get_total_norm(counted, norm_type).to(self._device(), torch.float64)
-        if norm_type == float("inf"):
-            dist.all_reduce(norm, dist.ReduceOp.MAX, self.group)
-        else:
-            norm = norm**norm_type
-            dist.all_reduce(norm, group=self.group)
-            norm = norm ** (1 / norm_type)
-        for gradient in gradients:
-            gradient.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0).to(gradient.dtype))
+        norm = self._ties.norm([p for p in self.parameters() if p.grad is not None], norm_type, device_of(self, self.group))
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0).to(p.grad.dtype))
         return norm
+
+
+def device_of(module, group):
+    """Where a module computes; for one without parameters, where its group sends."""
+    tensor = next(chain(module.parameters(), module.buffers()), None)
+    if tensor is not None:
+        return tensor.device
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")

@@ -7,6 +7,8 @@ Source: Narayanan et al. (2021); Megatron-LM all-reduces the embedding's gradien
 """
 
 import torch
+import torch.distributed as dist
+from torch.nn.utils import get_total_norm
 
 from ..collectives.point_to_point import exchange, wait
 
@@ -28,10 +30,6 @@ class Ties:
         for p, ranks in self.shared:
             self._to_all(p.detach(), ranks, first=True)
 
-    def counts_here(self, p):
-        """Whether this rank is the one that counts p in a norm over all ranks."""
-        return all(ranks[0] == self.rank for q, ranks in self.shared if q is p)
-
     def set_aside(self):
         """Before a step: what earlier ones have left in .grad is added up already."""
         self.before = [p.grad for p, _ in self.shared]
@@ -49,6 +47,18 @@ class Ties:
             parts = self._to_all(mine, ranks)
             total = sum(parts[1:], parts[0].clone())
             p.grad = total if before is None else before.add_(total)
+
+    def norm(self, parameters, norm_type, device):
+        """The norm of all ranks' gradients, a shared parameter's counted by the first rank that has it."""
+        elsewhere = {id(p) for p, ranks in self.shared if ranks[0] != self.rank}
+        own = get_total_norm([p.grad for p in parameters if id(p) not in elsewhere], norm_type)
+        own = own.to(device, torch.float64)
+        if norm_type == float("inf"):
+            dist.all_reduce(own, dist.ReduceOp.MAX, self.group)
+            return own
+        powers = own**norm_type
+        dist.all_reduce(powers, group=self.group)
+        return powers ** (1 / norm_type)
 
     def _to_all(self, tensor, ranks, first=False):
         """Every rank's tensor, in the order of the ranks; with first=True the first one's, into `tensor`."""
