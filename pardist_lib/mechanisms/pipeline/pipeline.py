@@ -172,10 +172,10 @@ class Pipeline(StateDicts, nn.Module):
     def clip_grad_norm_(self, max_norm, norm_type=2.0):
         """torch.nn.utils.clip_grad_norm_ for the whole network, a shared parameter counted once. Returns the norm, the
         same on every rank. An all-reduce of one number."""
-        norm = self._ties.norm([p for p in self.parameters() if p.grad is not None], norm_type, device_of(self, self.group))
-        for p in self.parameters():
-            if p.grad is not None:
-                p.grad.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0).to(p.grad.dtype))
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = self._ties.norm(parameters, norm_type, device_of(self, self.group))
+        for p in parameters:
+            p.grad.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0).to(p.grad.dtype))
         return norm
 
 
