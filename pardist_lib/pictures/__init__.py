@@ -12,6 +12,7 @@ from .planner import plans, plans_page
 from .plots import bars, curves, gradients
 from .precision import float_bits, magnitudes
 from .processes import process_tree
+from .schedule import schedule
 from .shards import held, shards
 from .split_gradients import split_gradients
 from .staleness import stale_gradients
@@ -24,6 +25,6 @@ from .widgets import Live, contact_sheet, knobs, stepper
 __all__ = [
     "Live", "Picture", "Table", "Verdict", "activations", "bars", "collective", "contact_sheet", "curves", "explore",
     "float_bits", "gradients", "held", "images", "knobs", "magnitudes", "matmul", "memory", "memory_over_time",
-    "messages", "plans", "plans_page", "process_tree", "ring_steps", "shards", "split_gradients", "stale_gradients",
-    "stepper", "timeline",
+    "messages", "plans", "plans_page", "process_tree", "ring_steps", "schedule", "shards", "split_gradients",
+    "stale_gradients", "stepper", "timeline",
 ]  # fmt: skip

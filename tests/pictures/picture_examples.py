@@ -39,6 +39,12 @@ def held_over_time():
     return {rank: SimpleNamespace(times=times, bytes=held * (1 + rank / 4)) for rank in (0, 1)}
 
 
+PIPELINE = [  # two ranks, two micro-batches; seconds
+    [("0F0", 0.0, 0.01), ("0F1", 0.01, 0.02), ("0B0", 0.04, 0.06), ("0B1", 0.07, 0.09)],
+    [("1F0", 0.01, 0.02), ("1B0", 0.02, 0.04), ("1F1", 0.04, 0.05), ("1B1", 0.05, 0.07)],
+]
+
+
 def step_events(world=4):
     """A backward pass of 9 ms with three all-reduces of 1,572,864 bytes that overlap it, in seconds from 5.0."""
     events = []
@@ -143,6 +149,14 @@ EXAMPLES = {
     "ring timeline": lambda: pictures.timeline(ring_events()),
     "timeline of six calls at once": lambda: pictures.timeline(
         [event(0, "communication", "send", 0.01 * i, 1 + 0.01 * i, 590_000) for i in range(6)]
+    ),
+    "schedule": lambda: pictures.schedule(
+        {"computed": PIPELINE, "measured": [[(a, 1.1 * s, 1.1 * e) for a, s, e in row] for row in PIPELINE]},
+        title="two ranks",
+        note="Bubble: 1/3. " * 12,
+    ),
+    "schedule in numbers": lambda: pictures.schedule(
+        [[(f"{rank + 2 * (i % 2)}{'FIW'[i % 3]}{i}", i, i + 1) for i in range(60)] for rank in range(2)], unit=""
     ),
     "process tree": lambda: pictures.process_tree(processes(8)),
     "matmul in rows": lambda: pictures.matmul(random(9, 5), random(5, 7), random(9, 7), (ROWS, -1, ROWS), title="rows"),
