@@ -1,0 +1,34 @@
+"""Any table of actions, run by torch.distributed.pipelining's own runtime: a judge who does not know ours."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime, _validate_schedule
+
+
+def run_by_torch(table, modules, x, target, loss):
+    """One step on all ranks of the world. table: a CSV text, a line for each rank; modules: all stages', the same on
+    every rank, of which this one computes its own; x, target: the batch, in micro-batches of equal size; loss: of a
+    micro-batch, a mean.
+
+    Returns (the loss, on the rank of the last stage, None elsewhere; {stage: [its parameters' gradients]} of this
+    rank's stages). Raises what torch raises for a table that it cannot run.
+    """
+    rank, n = dist.get_rank(), dist.get_world_size()
+    rows = {r: [_Action.from_str(cell) for cell in line.split(",")] for r, line in enumerate(table.splitlines())}
+    m = 1 + max(action.microbatch_index for row in rows.values() for action in row)
+    homes = _validate_schedule(rows, n, len(modules), m)  # loading alone accepts a table without a W
+    own = [s for s in range(len(modules)) if homes[s] == rank]
+    stages = [PipelineStage(modules[s], s, len(modules), torch.device("cpu")) for s in own]
+    runtime = _PipelineScheduleRuntime(stages, m, loss_fn=loss)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "table.csv"
+        file.write_text(table)
+        runtime._load_csv(str(file))
+    losses, last = [], len(modules) - 1 in own
+    runtime.step(*[x] if 0 in own else [], **{"target": target, "losses": losses} if last else {})
+    mean = sum(one.item() for one in losses) / m if last else None
+    return mean, {s: [p.grad for p in modules[s].parameters()] for s in own}
