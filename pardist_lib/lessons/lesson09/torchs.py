@@ -1,5 +1,6 @@
 """Any table of actions, run by torch.distributed.pipelining's own runtime: a judge who does not know ours."""
 
+import copy
 import tempfile
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _Action, _PipelineScheduleRuntime, _validate_schedule
+from torch.nn.functional import mse_loss
+
+from ..exercises.watch import Seen
 
 
 def run_by_torch(table, modules, x, target, loss):
@@ -32,3 +36,24 @@ def run_by_torch(table, modules, x, target, loss):
     runtime.step(*[x] if 0 in own else [], **{"target": target, "losses": losses} if last else {})
     mean = sum(one.item() for one in losses) / m if last else None
     return mean, {s: [p.grad for p in modules[s].parameters()] for s in own}
+
+
+def compared(answer, table, m):
+    """On a rank of an exercise's world: one step of a small network as the table says, against one process.
+
+    Returns a Seen whose kept["gradients"] is [(name, torch's gradient, one process's), …] of this rank. `answer`, which
+    has made the table already, is not called.
+    """
+    n, seen = dist.get_world_size(), Seen()
+    torch.manual_seed(0)
+    modules = [torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh()).double() for _ in range(n)]
+    x, target = torch.randn(2, 2 * m, 6, dtype=torch.float64)
+    one = copy.deepcopy(modules)
+    mse_loss(torch.nn.Sequential(*one)(x), target).backward()
+    _, grads = run_by_torch(table, modules, x, target, mse_loss)
+    seen.kept["gradients"] = [
+        (f"stage {s}'s {name}", got, p.grad)
+        for s, found in grads.items()
+        for (name, p), got in zip(one[s].named_parameters(), found, strict=True)
+    ]
+    return seen
