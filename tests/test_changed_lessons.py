@@ -36,6 +36,8 @@ CHANGES = [
     ("07", "DigitsMLP(512)", "DigitsMLP(300)"),
     ("08", "64 // n", "50 // n"),
     ("08", "EACH = 10 ", "EACH = 11 "),
+    ("09", "8 * WORLD", "8 * WORLD - 3"),
+    ("09", "4 * M", "4 * M - 3"),
     ("12", "WIDTH, ROWS = 64, 8", "WIDTH, ROWS = 48, 6"),
     ("12", "width=64", "width=50"),
     ("13", "width=128", "width=96"),

@@ -73,8 +73,8 @@ def _judge(p, m, rows, label):
 
 
 WHY = (
-    "What others wait for goes first: I before W is enough to beat 1F1B. W's that wait, but not too long, also fill the "
-    "end: with a bubble of 0.111 at p = 4, m = 8 you have found ZB-H1 (Qi et al. 2023). PyTorch ships its relatives, "
+    "What others wait for goes first: I before W is enough to beat 1F1B. W's that wait, but not too long, fill the "
+    "end, too. A bubble of 0.111 at p = 4, m = 8 is ZB-H1 (Qi et al. 2023). PyTorch ships relatives of it, "
     "ScheduleInterleavedZeroBubble and ScheduleZBVZeroBubble."
 )
 exercise = Exercise(hints, check, minutes=30, level="hard", why=WHY)
