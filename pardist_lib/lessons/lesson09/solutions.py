@@ -8,10 +8,10 @@ def last_stage(stage, xs: list, targets: list) -> tuple:
     """The last rank's part of a step, in one process: forward and backward of all micro-batches.
 
     stage: x → scores, with parameters. xs: the micro-batches as they arrived, (b_i, width) each, no
-    graph behind them; targets: (b_i,) each. The b_i may differ. The loss is F.cross_entropy, its mean
-    over all rows of all micro-batches.
+    graph behind them; targets: (b_i,) each. The b_i may differ. The loss is F.cross_entropy, its
+    mean over all rows of all micro-batches.
     Adds to the .grad of the stage's parameters what one backward of that loss would.
-    Returns (loss, a Python number; the gradients of the loss by each of xs, a list of tensors, which
+    Returns (loss, a Python number; the gradients of the loss by each of xs, a list of tensors: they
     go back to the rank before).
     """
     rows, total, grads = sum(len(x) for x in xs), 0.0, []
