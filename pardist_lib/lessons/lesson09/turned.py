@@ -28,7 +28,8 @@ def chart_of(name, p, m, v, F, I, W, message):  # noqa: E741 - the field's lette
     bubble = schedule.bubble(F, I, W, message)
     note = f"{said}Bubble {bubble:.1%}; rank by rank at most {held} micro-batches in flight (computed)."
     note += f" A stage is 1/{each} of a rank's layers, and so is what it keeps." if each > 1 else ""
-    title = f"{name}, {p} ranks, {schedule.micro_batches} micro-batches: {schedule.makespan(F, I, W, message):.4g}"
+    m = schedule.micro_batches
+    title = f"{name}, {p} ranks, {m} micro-batch{'es' * (m > 1)}: time {schedule.makespan(F, I, W, message):.4g}"
     return pictures.schedule(computed(schedule, F, I, W, message), title=title, note=note, unit="")
 
 
