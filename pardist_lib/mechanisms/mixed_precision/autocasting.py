@@ -105,11 +105,13 @@ def entered_again(block):
 
         return again
 
-    reentrant, other = checkpoints.CheckpointFunction.apply, checkpoints._checkpoint_without_reentrant_generator
+    name = "_checkpoint_without_reentrant_generator"
+    name += "_impl" * hasattr(checkpoints, f"{name}_impl")  # so from torch 2.14 on
+    reentrant, other = checkpoints.CheckpointFunction.apply, getattr(checkpoints, name)
     with patch.multiple(
         checkpoints,
         CheckpointFunction=SimpleNamespace(apply=lambda function, *args: reentrant(inside(function), *args)),
-        _checkpoint_without_reentrant_generator=lambda function, *args, **kw: other(inside(function), *args, **kw),
+        **{name: lambda function, *args, **kw: other(inside(function), *args, **kw)},
     ):
         try:
             yield
