@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 FILES = (
-    "starting", "collectives", "tracing", "tensor_parallel", "overlapping", "data_parallel", "sharded",
+    "starting", "collectives", "tracing", "tensor_parallel", "overlapping", "data_parallel", "sharded", "pipeline",
     "context_parallel", "predicting",
 )  # fmt: skip
 RESULTS = Path(__file__).with_name("RESULTS.md")

@@ -4,6 +4,7 @@ import gc
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe
@@ -16,7 +17,9 @@ from tests.mechanisms.pipeline.torchs import stepper, torchs_pipeline, torchs_st
 
 
 def tables(p):
-    return [gpipe(p, p + 1), one_f_one_b(p, p + 2), zero_bubble(p, p + 1), interleaved(p, 2 * p, 2), zbv(p, 2 * p)]
+    """Before 2.13 torch sends the shapes between two stages on one rank, as ZB-V has, from this rank to itself."""
+    made = [gpipe(p, p + 1), one_f_one_b(p, p + 2), zero_bubble(p, p + 1), interleaved(p, 2 * p, 2), zbv(p, 2 * p)]
+    return made if torch.__version__ >= "2.13" else made[:-1]
 
 
 def beside(schedules):
@@ -52,8 +55,9 @@ def peak(step):
     return held[:, 2:].sum(1).max().item()
 
 
-def peaks(schedule, kind=None, rows=60, width=512):
+def peaks(schedule, kind=None, width=128):
     """On a rank: bytes, ours and torch's, by its runtime or by a class that it has for this schedule."""
+    rows = 40 * schedule.micro_batches
     x, target = rows_of(rows, width=width), rows_of(rows, 1, width=width)
     layers, theirs = (linears(2 * schedule.stages, width) for _ in range(2))
     loss = nn.functional.mse_loss
@@ -67,7 +71,7 @@ def peaks(schedule, kind=None, rows=60, width=512):
 
 @pytest.mark.parametrize("p", [2, 3])
 def test_no_rank_holds_more_than_torchs(ranks_of, p):
-    cases = [(schedule,) for schedule in (zero_bubble(p, 6), interleaved(p, 6, 2), zbv(p, 6))]
+    cases = [(schedule,) for schedule in tables(p)[2:]]
     cases += [(gpipe(p, 6), ScheduleGPipe), (one_f_one_b(p, 6), Schedule1F1B), (one_f_one_b(p, 6),)]
     for case in cases:
         found = ranks_of(4).run(in_world, p, peaks, *case, quiet=True)[:p]
