@@ -71,8 +71,8 @@ def input_and_weights(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, grad:
 def run_row(row: list, forward, backward, like: torch.Tensor, group=None) -> None:
     """One rank's part of a pipeline step: its actions in their order, with all messages.
 
-    row: this rank's actions, such as ["F0", "F1", "B0", "B1"]; the forwards come in the order of the
-    micro-batches, and so do the backwards, on every rank.
+    row: this rank's actions, such as ["F0", "F1", "B0", "B1"]; the forwards come in the order of
+    the micro-batches, and so do the backwards, on every rank.
     forward(i, x) → y: this rank's stage on micro-batch i; x is None on the group's first rank.
     backward(i, grad) → the gradient of x; grad is None on the last rank.
     like: every x, y and gradient that travels has its shape and dtype.
