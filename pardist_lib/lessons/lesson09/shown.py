@@ -7,17 +7,11 @@ def computed(schedule, F, I, W, message=0):  # noqa: E741 - the field's letters
 
 
 def traced(trace):
-    """The same of a trace: its regions named "pipeline 2F0", as a Pipeline names them, from when the first one works.
-
-    A region begins when its rank turns to the action. What it then waits for, until its last receive has arrived, is
-    left out: a box is work.
-    """
-    arrivals = [[e.end for e in trace.collectives if (e.name, e.rank) == ("recv", r)] for r in range(trace.world_size)]
+    """The same of a trace: its regions named "pipeline 2F0", as a Pipeline names them, from when the first one works."""
     rows = [[] for _ in range(trace.world_size)]
     for e in trace.regions:
         if e.name.startswith("pipeline "):
-            starts = [e.start, *(end for end in arrivals[e.rank] if e.start < end < e.end)]
-            rows[e.rank].append((e.name.removeprefix("pipeline "), max(starts), e.end))
+            rows[e.rank].append((e.name.removeprefix("pipeline "), e.start, e.end))
     zero = min(start for row in rows for _, start, _ in row)
     return [[(text, start - zero, end - zero) for text, start, end in row] for row in rows]
 

@@ -108,27 +108,28 @@ class Pipeline(StateDicts, nn.Module):
             __doing__ = f"{action}, place {place} of its row in the schedule"  # a hang's report says so, too
             try:
                 batch.mail.post(place)
-                with marked(f"pipeline {action}"):
-                    self._do(action, batch, self._stages[action.stage], action.micro_batch)
+                key = needed(action, self.last)
+                arrived = None if key is None else batch.mail.take(key)
+                with marked(f"pipeline {action}"):  # without the wait
+                    self._do(action, batch, self._stages[action.stage], action.micro_batch, arrived)
             except Exception as error:
                 error.add_note(f"in {__doing__}{batches.advice(error)}")
                 raise
         batch.mail.end()
 
-    def _do(self, action, batch, stage, i):
+    def _do(self, action, batch, stage, i, arrived):
         if action.kind == "F":
-            self._forward(action, batch, stage, i)
+            self._forward(action, batch, stage, i, arrived)
         elif action.kind == "W":
             stage.backward_to_weights(i)
         else:
-            self._backward(action, batch, stage, i)
+            self._backward(action, batch, stage, i, arrived)
 
-    def _forward(self, action, batch, stage, i):
+    def _forward(self, action, batch, stage, i, tensors):
         if action.stage == 0:
             tensors, packed = batch.inputs[i]
             flags = [t.requires_grad for t in tensors]
         else:
-            tensors = batch.mail.take(needed(action, self.last))
             packed, flags = self._shapes.received(action.stage, i)
         inputs = [t.detach().requires_grad_(flag and batch.training) for t, flag in zip(tensors, flags, strict=True)]
         loss = batch.loss_of(i) if action.stage == self.last else None
@@ -139,11 +140,9 @@ class Pipeline(StateDicts, nn.Module):
             header = self._shapes.tell(action.stage + 1, i, outputs, packed)
             batch.mail.give(*sent(action, self._rank_of), outputs, header)
 
-    def _backward(self, action, batch, stage, i):
+    def _backward(self, action, batch, stage, i, gradients):
         if action.stage == self.last:
             gradients = [torch.full_like(loss, batch.weights[i]) for loss in batch.results[i][0]]
-        else:
-            gradients = batch.mail.take(needed(action, self.last))
         found = (stage.backward if action.kind == "B" else stage.backward_to_inputs)(i, gradients)
         if action.stage == 0:
             batch.input_gradients[i] = found
