@@ -19,6 +19,7 @@ Source: Qi et al., "Zero Bubble Pipeline Parallelism" (2023), section 2.1 (there
 from functools import partial
 
 import torch
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
@@ -40,13 +41,14 @@ def backward_to_inputs(roots, gradients, inputs):
     finally:
         for hook in hooks:
             hook.remove()
-    starts = [(node, passed[node], forks[node]) for node in forks if node in passed]
+    # Before torch 2.13 the node of a torch.autograd.Function does not keep itself: what leads to it does
+    starts = [(node, passed[node], forks[node], _kept(node, roots)) for node in forks if node in passed]
     ends = {}  # {node: [gradient of each of its outputs]}: one operation may give several
     for edge, gradient in zip(inputs, found, strict=True):
         ends.setdefault(edge.node, [None] * len(edge.node._input_metadata))[edge.output_nr] = gradient
     for node, gradients in ends.items():
         if any(g is not None for g in gradients) and (weights := _weights_below(node)):  # none where it is a leaf
-            starts.append((node, tuple(gradients), weights))
+            starts.append((node, tuple(gradients), weights, _kept(node, inputs)))
     return found, starts
 
 
@@ -54,7 +56,7 @@ def backward_to_weights(starts):
     """W. Adds to the .grad of the weights what backward_to_inputs has left out."""
     for group in sorted(_that_share_weights(starts), key=len, reverse=True):
         edges, gradients = [], []
-        for node, passed, _ in group:
+        for node, passed, *_ in group:
             for output, gradient in enumerate(passed):
                 if gradient is not None:
                     edges.append(GradientEdge(node, output))
@@ -63,8 +65,8 @@ def backward_to_weights(starts):
         # come down the spine, too. It is already part of what the lower one has noted, and that takes its place. The
         # spine is needed for it, so these come first, and keep it
         several = len(group) > 1
-        clamps = [node.register_prehook(partial(_instead, passed)) for node, passed, _ in group if several]
-        weights = list({w for *_, own in group for w in own})
+        clamps = [node.register_prehook(partial(_instead, passed)) for node, passed, *_ in group if several]
+        weights = list({w for _, _, own, _ in group for w in own})
         try:
             torch.autograd.backward(edges, gradients, inputs=weights, retain_graph=several)
         finally:
@@ -114,11 +116,15 @@ def _own_weight(node):
     return {weight} if weight is not None else set()
 
 
+def _kept(node, edges):
+    return edges if isinstance(node, BackwardCFunction) else None
+
+
 def _that_share_weights(starts):
     """The starts in lists, two that share a weight in the same one."""
     groups = []
     for start in starts:
-        shared = [g for g in groups if any(start[2] & weights for _, _, weights in g)]
+        shared = [g for g in groups if any(start[2] & weights for _, _, weights, _ in g)]
         groups = [g for g in groups if g not in shared] + [[s for g in shared for s in g] + [start]]
     return groups
 

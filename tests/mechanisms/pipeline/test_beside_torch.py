@@ -39,6 +39,7 @@ def beside(schedules):
             same_gradients(pipeline, theirs, f"{schedule!r}, step {k}", rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", [2, 3, 4])
 def test_loss_and_gradients_are_torchs(ranks_of, p):
     ranks_of(4).run(in_world, p, beside, tables(p), quiet=True)

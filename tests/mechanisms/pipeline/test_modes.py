@@ -24,6 +24,7 @@ from tests.mechanisms.pipeline.nets import (
 WORLDS = [1, 2, 3, 4]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", WORLDS)
 def test_dropout_draws_by_layer_and_micro_batch_and_checkpointing_draws_the_same_again(ranks_of, p):
     cases = []
@@ -63,6 +64,7 @@ def test_checkpointing_without_a_seed_draws_the_same_again(ranks_of):
         assert losses[0] == losses[1] != 2 * 1001  # two rows of a micro-batch, had nothing been dropped
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", WORLDS)
 def test_float32(ranks_of, p):
     cases = []
@@ -82,6 +84,7 @@ def in_bfloat16():
     return torch.autocast("cpu", torch.bfloat16)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", WORLDS)
 def test_autocast_on_and_off(ranks_of, p):
     """bfloat16 between the stages; beside the same micro-batches under autocast in one process, so within float32's
@@ -113,6 +116,7 @@ def test_autocast_switched_between_steps(ranks_of):
     ranks_of(4).run(switching, zero_bubble(4, 4), quiet=True)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", WORLDS)
 def test_other_sizes_and_lengths_with_each_step(ranks_of, p):
     sizes = [(9, 5), (9, 3), (12, 3), (9, 5), (8, 1), (30, 2)]
@@ -142,6 +146,7 @@ def with_gradient_of_input(schedule):
             assert y.grad is None
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", WORLDS)
 def test_an_input_that_requires_a_gradient_is_given_one(ranks_of, p):
     for schedule in (one_f_one_b(p, p + 1), zbv(p, p + 1)):
@@ -176,6 +181,7 @@ def evaluation(schedule):
     assert all(not stage.held for stage in pipeline._stages.values())
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", WORLDS)
 def test_evaluation_without_gradients_between_steps(ranks_of, p):
     for schedule in (one_f_one_b(p, p + 1), interleaved(p, 2 * p, 3), zbv(p, p)):

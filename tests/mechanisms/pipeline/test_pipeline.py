@@ -67,6 +67,7 @@ def shared_inside():
     return made
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", WORLDS)
 def test_a_layer_used_several_times(ranks_of, p):
     cases = [
@@ -87,6 +88,7 @@ def freeze(*frozen):
     return between
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
 def test_frozen_stages_and_stages_without_parameters(ranks_of, p):
     """First, middle, last stage; all but one; unfrozen later, and frozen again."""
@@ -149,6 +151,7 @@ def halves(n):
     return seeded([Halves() if i % 2 == 0 else Whole() for i in range(n + n % 2)])
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", WORLDS)
 def test_tuples_between_stages(ranks_of, p):
     cases = []
@@ -161,6 +164,7 @@ def test_tuples_between_stages(ranks_of, p):
     agree(ranks_of, p, cases)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", WORLDS)
 def test_unequal_micro_batches_are_weighted_by_their_rows(ranks_of, p):
     """As lists; as sums; the next batch of other sizes and dtypes."""

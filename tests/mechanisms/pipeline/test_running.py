@@ -90,6 +90,7 @@ class Scale(nn.Module):
         return x.sin() * self.weight
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", [2, 3, 4])
 def test_no_schedule_that_can_be_run_blocks(ranks_of, p):
     """With messages that fit into a socket's buffer, and of 1 MB, which do not."""
@@ -129,6 +130,7 @@ def as_on_nccl(cases):
     line.queue.put(None)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", [2, 3, 4])
 def test_nor_where_messages_wait_for_each_other(ranks_of, p):
     rng = random.Random(10 + p)

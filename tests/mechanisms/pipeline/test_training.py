@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from pardist_lib.lessons.worlds import in_world
-from pardist_lib.mechanisms.pipeline import Pipeline, gpipe, interleaved, one_f_one_b, zbv, zero_bubble
+from pardist_lib.mechanisms.pipeline import Pipeline, gpipe, interleaved, one_f_one_b, zbv
 from pardist_lib.mechanisms.tensor_parallel import full_gradients
 from pardist_lib.mechanisms.tensor_parallel.transformer import ParallelTransformerBlock, TransformerBlock
 from tests.mechanisms.pipeline.nets import (
@@ -109,6 +109,7 @@ def leaves(thing, where=()):
         yield where, thing
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", [1, 2, 3, 4])
 def test_twenty_steps_of_adamw_with_clipping(ranks_of, p):
     for schedule in (one_f_one_b(p, p + 1), zbv(p, p + 1)):
@@ -119,6 +120,7 @@ def without_result(fn, *args):
     fn(*args)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("p", [1, 2, 4])
 def test_state_dicts_go_into_other_pipelines_and_back_into_one_process(ranks_of, p):
     schedule, others = zbv(p, p), [one_f_one_b(p, 3), interleaved(p, 2 * p, 2), gpipe(p, 1)]
@@ -228,5 +230,5 @@ def blocks(n):
 
 @pytest.mark.parametrize("inner", ["dp", "tp"])
 def test_a_group_inside_each_stage(ranks_of, inner):
-    for schedule in (one_f_one_b(2, 4), zero_bubble(2, 3), zbv(2, 4)):
+    for schedule in (one_f_one_b(2, 4), zbv(2, 4)):
         ranks_of(4).run(in_a_mesh, inner, schedule, quiet=True)
