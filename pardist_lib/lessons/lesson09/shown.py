@@ -7,7 +7,7 @@ def computed(schedule, F, I, W, message=0):  # noqa: E741 - the field's letters
 
 
 def traced(trace):
-    """The same of a trace: its regions named "pipeline 2F0", as a Pipeline names them, from when the first one works."""
+    """The same of a trace: its regions named "pipeline 2F0", as a Pipeline names them, from the first one's start."""
     rows = [[] for _ in range(trace.world_size)]
     for e in trace.regions:
         if e.name.startswith("pipeline "):
