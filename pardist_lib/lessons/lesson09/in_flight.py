@@ -62,6 +62,8 @@ MISTAKES = [  # (diagnosis, what it would give)
     ("where backward is in halves nothing is let go of: after W it is", lambda row: _counted(row, W=0)),
     ("where backward is whole, B, nothing is let go of", lambda row: _counted(row, B=0)),
     ("these are all forwards of the row: what has come back is kept no longer", lambda row: _counted(row, B=0, W=0)),
+    ("a stage may have two digits, '10F0': find the letter, it is not always the second character",
+     lambda row: _counted([action for action in row if action[1] in "FBIW"])),
     ("this is what is kept at the end of the row: the most that ever was is asked for",
      lambda row: _counted(row, last=True)),
     ("a micro-batch counts once for each stage that keeps it", _without_stages),
@@ -74,7 +76,8 @@ MISTAKES = [  # (diagnosis, what it would give)
 
 
 WHY = (
-    "A rank's activation memory is this count times what a stage keeps of one micro-batch; you saw it measured. "
+    "With whole backwards a rank's activation memory is this count times what a stage keeps of one micro-batch, as you "
+    "saw measured; between I and W the gradients that W needs are kept, too. "
     "Megatron-LM's 1F1B is built for it: p - rank, however many micro-batches there are."
 )
 exercise = Exercise(hints, check, minutes=5, level="easy", why=WHY)

@@ -100,7 +100,7 @@ def _judge(seen, i, given, other, about):
         ("relu's mask is the wrong way round", through * (1 - mask) @ w1),
         ("relu is applied to the gradient: it is the sign of forward's values that counts", torch.relu(through) @ w1),
     ]
-    same([seen.kept["first"][i]], right["x"], "", about, mistakes, labels=[f"the gradient of x, {about}"])
+    same([seen.kept["first"][i]], right["x"], "", about, mistakes, labels=["the gradient of x"])
     later = seen.kept["later"][i]
     if not isinstance(later, (tuple, list)) or len(later) != 2:
         got = "nothing (None)" if later is None else type(later).__name__
@@ -120,7 +120,7 @@ def _judge(seen, i, given, other, about):
         ],
     }
     for name, got in zip(("w1", "w2"), later, strict=True):
-        same([got], right[name], "", about, wrong[name], labels=[f"the gradient of {name}, {about}"])
+        same([got], right[name], "", about, wrong[name], labels=[f"the gradient of {name}"])
     _judge_work(seen.kept["products"][i], seen.kept["products"][2 + i], about)
 
 

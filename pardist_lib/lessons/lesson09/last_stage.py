@@ -132,7 +132,7 @@ def _judge(seen, rows, before, seed, about):
                 about,
             )
         known = [(half + why, shares[i] * right) for why, shares in ways.items() if why and shares[i]]
-        same([grad], ways[""][i] * right, "", about, known, labels=[f"the gradient of xs[{i}], {about}"])
+        same([grad], ways[""][i] * right, "", about, known, labels=[f"the gradient of xs[{i}]"])
     _judge_weights(seen, parts, ways, before, about)
     if sorted(seen.kept["rows"]) != sorted(rows):
         why = "together they do not fit in memory" if len(seen.kept["rows"]) < m else "one forward of each is enough"
@@ -167,7 +167,7 @@ def _judge_weights(seen, parts, ways, before, about):
         if before:
             known.append(("the gradient that was there is gone: add to it, zero_grad is the optimizer's loop's", want))
             known.append(("the gradient that was there counts twice", want + 2 * old))
-        same([got], want + old, f"the gradient of {name}", about, known, labels=[f"the gradient of {name}, {about}"])
+        same([got], want + old, f"the gradient of {name}", about, known, labels=[f"the gradient of {name}"])
 
 
 WHY = (

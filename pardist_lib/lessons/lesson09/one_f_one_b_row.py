@@ -1,5 +1,7 @@
 """one_f_one_b_row: a rank's order. Typically wrong: the warm-up is one too long, or m smaller than p is forgotten."""
 
+import re
+
 from ..exercises.exercise import Exercise
 from ..exercises.judge import Wrong, type_of
 from ..exercises.runs import results
@@ -113,13 +115,17 @@ def _what(row, rank, p, m):
     if twice := [action for action in row if row.count(action) > 1]:
         return f"{twice[0]} is there twice"
     if strange := [action for action in row if action not in right]:
+        stage, i = re.fullmatch("([0-9]*).([0-9]*)", strange[0]).groups() if strange[0] else ("", "")
+        if stage == str(rank) and i.isdigit() and int(i) >= m:
+            return f"{strange[0]}: with m = {m} there are only micro-batches 0 to {m - 1}"
         return f"{strange[0]} does not belong to this rank"
     place = next(i for i, (a, b) in enumerate(zip(row, right, strict=True)) if a != b)
     return f"at place {place} (from 0) there is {row[place]}, where {right[place]} is due"
 
 
 WHY = (
-    "With p - rank - 1 micro-batches ahead, the next one to come back is due just when the next forward is done. "
-    "PyTorch's Schedule1F1B and Megatron-LM warm up as long; Megatron joins each send with the receive that follows."
+    "With p - rank - 1 micro-batches ahead, once the pipeline is full, the next one to come back is due just when the "
+    "next forward is done. Megatron-LM warms up as long. PyTorch's Schedule1F1B counts one more, p - rank, and goes on "
+    "with backward, forward: the same order."
 )
 exercise = Exercise(hints, check, minutes=15, level="medium", why=WHY)

@@ -70,19 +70,23 @@ def _on_rank(answer, arguments, groups):
     options = own_group(groups)
     rank, n = dist.get_rank(**options), dist.get_world_size(**options)
     order, m, dtype, seed = arguments[dist.get_rank()]
-    calls = []
+    calls, held, overwritten = [], {}, []
 
     def forward(i, x):
+        held[i] = x, None if x is None else x.clone()
         calls.append(("F", i, None if x is None else plain(x)))
         return _y(rank, i, x, dtype, seed)
 
     def backward(i, grad):
+        x, copy = held.get(i, (None, None))
+        if x is not None and not torch.equal(x, copy):
+            overwritten.append(i)
         calls.append(("B", i, None if grad is None else plain(grad)))
         return _g(rank, i, grad, dtype, seed)
 
     like = torch.zeros(SHAPE, dtype=dtype)
     seen = watched(answer, _row(order, rank, n, m), forward, backward, like, **options)
-    seen.kept = {"calls": calls, "changed": bool(like.any())}
+    seen.kept = {"calls": calls, "changed": bool(like.any()), "overwritten": overwritten}
     return seen
 
 
@@ -113,6 +117,9 @@ def _judge(members, seen, order, m, dtype, seed, about):
         for kind, i, got in one.kept["calls"]:
             due = (xs if kind == "F" else grads)[place, i]
             _arrived(kind, i, got, due, place, (xs, grads), m, where)
+        if one.kept["overwritten"]:
+            why = f"x of micro-batch {one.kept['overwritten'][0]} is overwritten before its backward, which needs it"
+            raise Wrong(f"what arrives is right, but {why}: each receive needs a tensor of its own", where)
         if one.kept["changed"]:
             raise Wrong("`like` was written into: it only says which shape and dtype a message has", where)
     for place, (rank, made, to) in enumerate(zip(members, sent(seen), map(receivers, seen), strict=True)):
@@ -146,6 +153,7 @@ def _arrived(kind, i, got, due, place, known, m, where):
 
 WHY = (
     "No send waits, and every receive is of something that its sender has no reason to hold back: a table that can run "
-    "then runs. Megatron-LM joins neighbours' sends and receives into one call; `Pipeline` posts receives early."
+    "then runs. So it is on gloo. On nccl a pair's messages go in the order in which they are started, and those that "
+    "cross have to be started together, by dist.batch_isend_irecv: Megatron-LM and PyTorch's Schedule1F1B do."
 )
 exercise = Exercise(hints, check, minutes=25, level="hard", why=WHY)

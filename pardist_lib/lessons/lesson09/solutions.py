@@ -59,8 +59,8 @@ def input_and_weights(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, grad:
 
     x: (b, in), w1: (hidden, in), w2: (out, hidden); grad: (b, out), the gradient of y.
     Returns (the gradient of x, a function without arguments). The first half computes what the rank
-    before waits for, and no gradient of a weight: forward's two products and two more. The
-    function, called once and later, returns (the gradient of w1, that of w2), with two products.
+    before waits for, and no gradient of a weight, with at most four products (y is not needed).
+    The function, called once and later, returns (the gradient of w1, that of w2), with two.
     What is given is not changed.
     """
     h = torch.relu(x @ w1.T)
@@ -100,13 +100,13 @@ def run_row(row: list, forward, backward, like: torch.Tensor, group=None) -> Non
 
 
 def tied_gradient(weight, group=None) -> None:
-    """After backward: the gradient of a table that the first and the last stage share.
+    """After backward: the gradient of an embedding that the first and the last stage share.
 
     weight: on the group's first and last rank the nn.Parameter, with this rank's part of the
     gradient in its .grad (None where it found none: zeros); None on the ranks between.
-    Afterwards both have in .grad the sum of both parts. A group of one rank has one table, whose
+    Afterwards both have in .grad the sum of both parts. A group of one rank has one copy, whose
     .grad is whole. A group of two has both ends.
-    Sends: the table's size once each way between first and last, with send and receive; nothing
+    Sends: the weight's size once each way between first and last, with send and receive; nothing
     elsewhere.
     """
     rank, n = dist.get_rank(group), dist.get_world_size(group)
@@ -122,7 +122,7 @@ def tied_gradient(weight, group=None) -> None:
 
 
 def my_schedule(p: int, m: int) -> list:
-    """A schedule of your own: a smaller bubble than 1F1B's, within 1F1B's memory.
+    """A schedule of your own: a smaller bubble than 1F1B's, with no more in flight than 1F1B.
 
     p: ranks, 2 or more; m: micro-batches, p or more. One stage on each rank, stage r on rank r.
     F, I and W take equally long, messages no time. 1F1B's bubble is (p - 1)/(m + p - 1); yours has

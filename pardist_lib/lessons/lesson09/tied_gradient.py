@@ -102,6 +102,7 @@ def _judge(members, seen, shape, dtype, seed, empty, about):
 
 WHY = (
     "One weight in two places has the sum of both places' gradients, and both copies must take the same step. "
-    "Megatron-LM all-reduces in a group of first and last stage; PyTorch's pipelines leave it to you."
+    "Megatron-LM all-reduces in a group of first and last stage; PyTorch's pipelines leave it to you. On nccl a send "
+    "and a receive that cross have to be started together, by dist.batch_isend_irecv."
 )
 exercise = Exercise(hints, check, minutes=12, level="medium", why=WHY)

@@ -115,7 +115,10 @@ def _check_progress(schedule, places):
         told += f" waits for {wanted} on rank {rank} at place {place}"
         front = chain[rank][0]
         told += ", which" if front == wanted else f", which stands behind {front}, which"
-    raise ValueError(f"the ranks wait for each other: {told} closes the circle: move one of these forward in its row")
+    raise ValueError(
+        f"the ranks wait for each other: {told} closes the circle: in one of these rows, "
+        "put what another rank waits for before what it stands behind"
+    )
 
 
 def _awaited(action, stages, places):

@@ -30,7 +30,8 @@ class Pipeline(StateDicts, nn.Module):
     one is called with. A parameter that layers on several ranks share stays one: it begins as the first of them has
     it, and its gradient is the sum of theirs.
     schedule: a `Schedule` with a row for each rank of the group.
-    loss: (output, target) → the mean over a micro-batch's rows, or their sum with reduction="sum".
+    loss: (output, target) → the mean over a micro-batch's rows, or their sum with reduction="sum". A mean over fewer
+    than all rows (ignore_index) does not add up: give the sum, and step's scale = 1/their number.
     cut: the number of layers of each stage; costs: or what each layer costs; neither: equal numbers of layers.
     checkpoint: keep a micro-batch's inputs only, and compute a stage's forward again when its backward begins.
 
@@ -60,6 +61,8 @@ class Pipeline(StateDicts, nn.Module):
                     self.add_module(str(number), layer)
             first += size
             owners += size * [self._rank_of[stage]]
+        if n > 1:  # nccl's first call in a group needs every rank, and a shared parameter's ends alone come first here
+            dist.all_reduce(torch.zeros(1, device=device_of(self, group)), group=group)
         self._ties = Ties(layers, owners, self.rank, group)
         self._remember_names(layers)
         rows = {True: schedule.rows, False: [[a for a in row if a.kind == "F"] for row in schedule.rows]}
@@ -170,7 +173,7 @@ class Pipeline(StateDicts, nn.Module):
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm, norm_type=2.0):
         """torch.nn.utils.clip_grad_norm_ for the whole network, a shared parameter counted once. Returns the norm, the
-        same on every rank. An all-reduce of one number."""
+        same on every rank. An all-reduce of one number. RuntimeError where tensor parallelism has split a stage."""
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = self._ties.norm(parameters, norm_type, device_of(self, self.group))
         for p in parameters:

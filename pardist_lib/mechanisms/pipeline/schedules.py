@@ -16,7 +16,7 @@ def gpipe(p, m):
     """All forwards, then all backwards. Time: (m + p − 1)·(F + B); in flight: m on every rank.
 
     p: ranks, of one stage each; m: micro-batches. Raises ValueError where one is no whole number from 1 on.
-    Source: Huang et al., "GPipe" (2019), section 2.
+    Source: Huang et al., "GPipe" (2019), section 2; backward in the order of forward, as torch does.
     """
     p, m = _whole(p=p, m=m)
     rows = []
@@ -34,8 +34,9 @@ def one_f_one_b(p, m):
     warm the rank up; from then on each further one is followed by the backward of an earlier micro-batch.
 
     p: ranks, of one stage each; m: micro-batches. Raises ValueError where one is no whole number from 1 on.
-    Source: Narayanan et al., "PipeDream" (2019); "Efficient Large-Scale Language Model Training on GPU Clusters Using
-    Megatron-LM" (2021), section 2.2.1 (PipeDream-Flush).
+    Source: Narayanan et al., "PipeDream" (2019), there without a flush; "Memory-Efficient Pipeline-Parallel DNN
+    Training" (2021), PipeDream-Flush; "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM"
+    (2021), section 2.2.1.
     """
     p, m = _whole(p=p, m=m)
     rows = []
@@ -120,7 +121,7 @@ def zbv(p, m):
 
     Where F = I = W and m ≥ 2p − 1, no rank waits between its first action and its last: the whole takes
     (m + (p − 1)/6)·(F + B), in which the last rank starts p − 1 stages late. In flight: at most 2p of a stage's
-    micro-batches, as much memory as p whole ones, the most of 1F1B. The loss is on rank 0, where the input is.
+    micro-batches, as many as p whole ones, the most of 1F1B. The loss is on rank 0, where the input is.
 
     Smaller m take the table of m = 2p − 1, and leave out what they have not.
 

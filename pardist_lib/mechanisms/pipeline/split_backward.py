@@ -13,7 +13,7 @@ so I + W takes the operations of an undivided backward.
 torch asks an operation for no gradient that a pass does not need; a torch.autograd.Function has to look for itself
 (`collectives.autograd.wanted`), or computes both halves twice, and is right all the same.
 
-Source: Qi et al., "Zero Bubble Pipeline Parallelism" (2023), section 2.1 (there the halves are called B and W).
+Source: Qi et al., "Zero Bubble Pipeline Parallelism" (2023), sections 1 and 2 (there the halves are called B and W).
 """
 
 from functools import partial
@@ -32,9 +32,13 @@ def backward_to_inputs(roots, gradients, inputs):
     """I. Returns (the inputs' gradients, None where one is not reached; what `backward_to_weights` goes on from).
 
     roots: GradientEdges of what the stage gave; gradients: their gradients; inputs: GradientEdges, at least one.
-    No weight's gradient is computed. Sends what the stage's own layers send for their inputs' gradients.
+    No weight's gradient is computed, but for an output to which no input leads. Sends what the stage's own layers send
+    for their inputs' gradients.
     """
-    forks, passed = _forks(roots, inputs), {}
+    (forks, spine), passed = _forks(roots, inputs), {}
+    beside = [(r, g) for r, g in zip(roots, gradients, strict=True) if r.node not in spine]
+    if beside:  # an output that is made of weights alone: nobody waits for it, and W would not find it
+        torch.autograd.backward(*zip(*beside, strict=True), retain_graph=True)
     hooks = [node.register_prehook(partial(_note, passed, node)) for node in forks]
     try:
         found = torch.autograd.grad(roots, inputs, gradients, retain_graph=True, allow_unused=True)
@@ -78,7 +82,7 @@ def backward_to_weights(starts):
 
 
 def _forks(roots, inputs):
-    """{node on the way from the roots to the inputs: weights below it that are off this way}."""
+    """({node on the way from the roots to the inputs: weights below it that are off this way}, all of that way)."""
     ends = {edge.node for edge in inputs}
     order, seen = [], set()
     stack = [(root.node, False) for root in roots]
@@ -96,7 +100,7 @@ def _forks(roots, inputs):
         if any(n in spine for n in below):
             spine.add(node)
         weights[node] = {w for n in below if n not in spine for w in weights[n]} | _own_weight(node)
-    return {node: weights[node] for node in order if node in spine and node not in ends and weights[node]}
+    return {node: weights[node] for node in order if node in spine and node not in ends and weights[node]}, spine
 
 
 def _weights_below(node):

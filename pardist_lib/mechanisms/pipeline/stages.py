@@ -79,7 +79,7 @@ class Stage:
         """The micro-batch with its graph, which checkpointing makes only now."""
         held = self.held[i]
         if self.checkpoint:
-            with torch.random.fork_rng(), torch.enable_grad():
+            with torch.random.fork_rng(_gpu()), torch.enable_grad():
                 torch.set_rng_state(held.random[0])
                 set_device_states(*held.random[1])
                 self._compute(i, held)
@@ -111,9 +111,14 @@ class _Held:
 def draws(seed, layer, micro_batch):
     """Inside, torch draws the same random numbers (dropout) for this layer and micro-batch in one process and in any
     pipeline; outside, as if nothing had been drawn."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(_gpu()):
         torch.manual_seed(random.Random(f"{seed} {layer} {micro_batch}").getrandbits(32))
         yield
+
+
+def _gpu():
+    """This rank's GPU, whose random numbers go on as well; none where none is used."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
 
 
 def stage_sizes(layers, stages, cut=None, costs=None):

@@ -14,7 +14,8 @@ class StateDicts:
         self._names = list(whole.state_dict())
         named = list(whole.named_parameters())
         self._parameter_names = [name for name, _ in named]
-        self._number = {p: i for i, (_, p) in enumerate(named)}  # a shared one has one number
+        own = {id(p) for p in self.parameters()}  # the others are not kept
+        self._number = {p: i for i, (_, p) in enumerate(named) if id(p) in own}  # a shared one has one number
 
     def _gathered(self, thing):
         everyone = [None] * rank_and_size(self.group)[1]

@@ -8,7 +8,6 @@ Source: Narayanan et al. (2021); Megatron-LM all-reduces the embedding's gradien
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import get_total_norm
 
 from ..collectives.point_to_point import exchange, wait
 
@@ -51,7 +50,8 @@ class Ties:
     def norm(self, parameters, norm_type, device):
         """The norm of all ranks' gradients, a shared parameter's counted by the first rank that has it."""
         elsewhere = {id(p) for p, ranks in self.shared if ranks[0] != self.rank}
-        own = get_total_norm([p.grad for p in parameters if id(p) not in elsewhere], norm_type)
+        gradients = [p.grad for p in parameters if id(p) not in elsewhere]
+        own = torch.nn.utils.get_total_norm(gradients, norm_type)  # by this name it refuses parts: tensor parallelism's
         own = own.to(device, torch.float64)
         if norm_type == float("inf"):
             dist.all_reduce(own, dist.ReduceOp.MAX, self.group)

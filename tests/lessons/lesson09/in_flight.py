@@ -77,6 +77,15 @@ def the_fullest_stage(row):
     return most
 
 
+@mistake("in_flight", "a stage may have two digits")
+def by_the_second_character(row):
+    held = most = 0
+    for action in row:
+        held += {"F": 1, "B": -1, "W": -1}.get(action[1], 0)
+        most = max(most, held)
+    return most
+
+
 @mistake("in_flight", "one too few")
 def looks_before_the_forward(row):
     held = most = 0

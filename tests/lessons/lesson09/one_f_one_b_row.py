@@ -143,3 +143,13 @@ def by_what_is_kept(rank, p, m):
 @right("one_f_one_b_row")
 def as_a_tuple(rank, p, m):
     return tuple(row_with(rank, p, m, min(p - rank - 1, m)))
+
+
+@mistake("one_f_one_b_row", "0F2: with m = 2 there are only micro-batches 0 to 1")
+def one_more_where_there_are_few(rank, p, m):
+    row = [f"{rank}F{i}" for i in range(min(p - rank - 1, m))]
+    for i in range(max(0, m - len(row))):
+        row += [f"{rank}F{min(p - rank - 1, m) + i}", f"{rank}B{i}"]
+    done = sum(action[len(str(rank))] == "B" for action in row)
+    row += [f"{rank}B{i}" for i in range(done, m)]
+    return row + [f"{rank}F{m}"] * (m == 2 and rank == 0)

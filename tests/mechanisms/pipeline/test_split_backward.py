@@ -162,3 +162,35 @@ def test_through_tensor_parallel_layers(ranks_of, n):
     for results in ranks_of(n).run(every, PARALLEL, quiet=True):
         for name, found in zip([n for n in PARALLEL for _ in range(2)], results, strict=True):
             assert found["I"] + found["W"] == found["B"], (name, found)
+
+
+class GivesItsBias(nn.Module):
+    """As a bias of positions that all blocks use: an output that no input leads to."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.linspace(1, 2, 3, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.bias, 2 * self.bias, self.bias
+
+
+def test_an_output_that_is_made_of_weights_alone():
+    grads = []
+    for split in (False, True):
+        last = GivesItsBias()
+        stage = Stage(1, {0: linear_of(3), 1: last})
+        x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+        outputs, _ = stage.forward(0, [x], False)
+        upstream = [torch.ones_like(y) for y in outputs]
+        found = (stage.backward_to_inputs if split else stage.backward)(0, upstream)
+        if split:
+            stage.backward_to_weights(0)
+        grads.append([last.bias.grad, stage.layers[0].weight.grad, *found])
+    for whole, halves in zip(*grads, strict=True):
+        close(halves, whole, "gradient", rtol=1e-12, atol=1e-12)
+
+
+def linear_of(width):
+    torch.manual_seed(0)
+    return nn.Linear(width, width).double()

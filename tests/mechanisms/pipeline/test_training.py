@@ -1,5 +1,7 @@
 """Whole trainings: optimizers, clipping, state dicts, data and tensor parallelism inside the stages."""
 
+import gc
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -8,9 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from pardist_lib.lessons.worlds import in_world
+from pardist_lib.lessons.worlds import group_of, in_world
 from pardist_lib.mechanisms.pipeline import Pipeline, gpipe, interleaved, one_f_one_b, zbv
-from pardist_lib.mechanisms.tensor_parallel import full_gradients
+from pardist_lib.mechanisms.tensor_parallel import ParallelMLP, full_gradients
 from pardist_lib.mechanisms.tensor_parallel.transformer import ParallelTransformerBlock, TransformerBlock
 from tests.mechanisms.pipeline.nets import (
     close,
@@ -232,3 +234,30 @@ def blocks(n):
 def test_a_group_inside_each_stage(ranks_of, inner):
     for schedule in (one_f_one_b(2, 4), zbv(2, 4)):
         ranks_of(4).run(in_a_mesh, inner, schedule, quiet=True)
+
+
+def keeps_its_own():
+    """On a rank: which layers' weights are alive once the list of layers has gone; and torch's norm of split ones."""
+    layers = linears(dist.get_world_size())
+    weights = [weakref.ref(layer.weight) for layer in layers]
+    pipe = Pipeline(layers, one_f_one_b(len(layers), 4), nn.functional.mse_loss)
+    del layers
+    gc.collect()
+    return [i for i, weight in enumerate(weights) if weight() is not None], len(list(pipe.parameters()))
+
+
+def test_a_rank_keeps_its_own_layers_only(ranks_of):
+    assert ranks_of(4).run(keeps_its_own, quiet=True) == [([rank], 2) for rank in range(4)]
+
+
+def clips_split_stages():
+    alone = [group_of([rank]) for rank in range(2)][dist.get_rank()]
+    layers = [ParallelMLP(4, 8, dtype=torch.float64) for _ in range(2)]
+    pipe = Pipeline(layers, one_f_one_b(1, 2), nn.functional.mse_loss, group=alone)
+    pipe.step(rows_of(4, width=4), rows_of(4, width=4))
+    with pytest.raises(RuntimeError, match="each rank has only a part"):
+        pipe.clip_grad_norm_(1.0)
+
+
+def test_the_norm_of_stages_that_tensor_parallelism_has_split_is_refused(ranks_of):
+    ranks_of(2).run(clips_split_stages, quiet=True)
