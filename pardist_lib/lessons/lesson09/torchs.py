@@ -33,6 +33,7 @@ def run_by_torch(table, modules, x, target, loss):
         file.write_text(table)
         runtime._load_csv(str(file))
     losses, last = [], len(modules) - 1 in own
+    x, target = x.contiguous(), target.contiguous()  # before torch 2.13 it wants an input that lies in one piece
     runtime.step(*[x] if 0 in own else [], **{"target": target, "losses": losses} if last else {})
     mean = sum(one.item() for one in losses) / m if last else None
     return mean, {s: [p.grad for p in modules[s].parameters()] for s in own}
